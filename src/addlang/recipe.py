@@ -1,0 +1,319 @@
+"""The recipe: one strict YAML file that says everything about a run. The only schema.
+
+Loading collects *all* errors at once, each with its key and, for unknown names, the nearest known one. Importing this
+module loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+
+from addlang.errors import AddlangError, did_you_mean
+
+ALIASES = {
+    "base_model": "model_name_or_path",
+    "model": "model_name_or_path",
+    "sequence_len": "sequence_length",
+    "cutoff_len": "sequence_length",
+    "max_seq_length": "sequence_length",
+    "max_length": "sequence_length",
+    "block_size": "sequence_length",
+    "micro_batch_size": "per_device_train_batch_size",
+    "train_batch_size": "per_device_train_batch_size",
+    "batch_size": "per_device_train_batch_size",
+    "lr": "learning_rate",
+    "warmup_ratio": "warmup_steps",
+    "lr_scheduler": "lr_scheduler_type",
+    "optim": "optimizer",
+    "gradient_checkpointing": "activation_checkpointing",
+    "max_steps": "tokens",
+    "num_train_epochs": "tokens",
+    "bf16": "precision",
+    "fp16": "precision",
+    "overwrite_output_dir": "--overwrite",
+    "train_files": "datasets",
+    "data": "datasets",
+}
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
+
+
+def parse_count(value: Any) -> Any:
+    """``"200M"`` -> 200_000_000; also ``1.5B``, ``300k``, ``1e6`` and plain integers."""
+    if isinstance(value, bool) or not isinstance(value, str | float):
+        return value
+    if isinstance(value, float):
+        return int(value) if value == int(value) else value
+    text = value.strip().replace("_", "").replace(",", "").lower()
+    m = re.fullmatch(r"([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)([kmbg]?)", text)
+    if not m:
+        raise ValueError(f"'{value}' is not a count; write for example 200M, 1.5B or 300k")
+    return round(float(m[1]) * _UNITS[m[2]])
+
+
+Count = Annotated[int, BeforeValidator(parse_count)]
+
+
+class Strict(BaseModel):
+    """Base of every part of a recipe: unknown keys are errors, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class DatasetSpec(Strict):
+    """One source of text or conversations."""
+
+    path: str = Field(description="local file (jsonl, json, csv, parquet, txt; also .gz, .zst), directory, or hub id")
+    name: str | None = Field(None, description="hub configuration name")
+    split: str = Field("train", description="hub split")
+    revision: str | None = Field(None, description="hub revision")
+    format: Literal["auto", "text", "messages", "prompt_completion", "alpaca", "sharegpt"] = "auto"
+    text_column: str = Field("text", description="column that holds raw text")
+    weight: float | None = Field(None, gt=0, description="share of the training tokens; None: in proportion to size")
+    role: Literal["target", "source", "replay"] = "target"
+    language: str | None = Field(None, description="ISO 639 code; default: the recipe's language, or en for source data")
+    license: str | None = Field(None, description="licence, quoted in the model card")
+    limit: Count | None = Field(None, gt=0, description="read at most this many rows")
+
+
+class Calibration(Strict):
+    """Source-language chat data on which importance is scored (methods: SSU section 3, appendix B)."""
+
+    datasets: tuple[DatasetSpec, ...] = Field((), description="empty: the built-in English set")
+    sequences: int = Field(500, gt=0, description="number of sequences (paper: 500)")
+    sequence_length: int = Field(2048, gt=0, description="tokens; longer conversations are cut (paper: 2,048)")
+    batch_size: int = Field(8, gt=0, description="sequences per forward pass")
+    allow_fewer: bool = Field(False, description="score on fewer sequences than asked for, with a warning")
+
+
+class TrainSettings(Strict):
+    """One phase's optimisation. Defaults: Table 8 of the SSU paper."""
+
+    tokens: Count = Field(200_000_000, gt=0, description="training budget in tokens")
+    sequence_length: int = Field(512, gt=1, description="tokens per sequence")
+    batch_size: int = Field(32, gt=0, description="sequences per optimizer step over all devices (called global batch)")
+    per_device_train_batch_size: int | None = Field(None, gt=0, description="sequences per forward pass; default: as many as fit")
+    gradient_accumulation_steps: int | None = Field(None, gt=0, description="default: batch_size / (per device x devices)")
+    learning_rate: float = Field(5e-5, gt=0)
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    warmup_steps: float = Field(0.05, ge=0, description="steps, or a fraction of all steps when below 1")
+    weight_decay: float = Field(0.01, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    max_grad_norm: float = Field(1.0, ge=0, description="0: no clipping")
+    optimizer: Literal["adamw"] = "adamw"
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="compute type; auto: bf16 on GPUs, fp32 on CPUs")
+    master_weights: Literal["fp32", "model"] = Field("fp32", description="type of what is trained; 'model': the checkpoint's own")
+    activation_checkpointing: bool = False
+    isolate_documents: bool = Field(True, description="tokens do not attend across documents packed into one sequence")
+    loss_on: Literal["responses", "all"] = Field("responses", description="chat data: which tokens carry loss")
+    save_steps: int = Field(500, gt=0)
+    save_total_limit: int = Field(2, gt=0)
+    logging_steps: int = Field(10, gt=0)
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()
+
+
+def _strategy(value: Any) -> Any:
+    from addlang.strategies import Strategy, make_strategy
+
+    if isinstance(value, Strategy):
+        return value
+    if isinstance(value, str):
+        value = {"name": value}
+    if not isinstance(value, Mapping) or "name" not in value:
+        raise ValueError("a strategy is a name, or a mapping with 'name' and its options")
+    return make_strategy(value["name"], {k: v for k, v in value.items() if k != "name"})
+
+
+class Phase(TrainSettings):
+    """Data, what may be updated, and how it is trained."""
+
+    name: str = Field("adapt", pattern=r"^[A-Za-z0-9_-]+$")
+    datasets: tuple[DatasetSpec, ...] = Field(min_length=1)
+    strategy: Annotated[SerializeAsAny[Any], BeforeValidator(_strategy)] = Field(description="name, or mapping with name and options")
+    execution: Literal["auto", "masked", "split"] = "auto"
+    calibration: Calibration = Calibration()
+    start: Literal["previous", "source"] = Field("previous", description="weights this phase starts from")
+
+
+class RepliesEvaluation(Strict):
+    """Language of free replies to English prompts, judged sentence by sentence."""
+
+    prompts: str | None = Field(None, description="file with one prompt per row ('prompt' or 'text'); None: built-in English prompts")
+    limit: int | None = Field(None, gt=0)
+    max_new_tokens: int = Field(128, gt=0)
+
+
+class Evaluation(Strict):
+    """What is measured before and after, on the same items."""
+
+    holdout: float = Field(0.02, gt=0, lt=0.5, description="share of target documents kept for evaluation, split off before training")
+    holdout_max: Count = Field(500, gt=0, description="at most this many held-out documents")
+    source_datasets: tuple[DatasetSpec, ...] = Field((), description="source-language text for bits per byte; empty: built-in English")
+    target_datasets: tuple[DatasetSpec, ...] = Field((), description="held-out target text; empty: split off the training data")
+    tasks: tuple[str, ...] = Field((), description="'lab', lm-eval task names, or paths of task YAML files")
+    task_roles: Mapping[str, Literal["source", "target", "safety"]] = Field({}, description="role of a task; default: source")
+    num_fewshot: int | None = Field(None, ge=0)
+    limit: int | None = Field(None, gt=0, description="items per task")
+    replies: RepliesEvaluation | None = RepliesEvaluation()
+    batch_size: int = Field(16, gt=0)
+    sequence_length: int | None = Field(None, gt=1, description="window for bits per byte; default: the phase's")
+    resamples: int = Field(2000, ge=100, description="bootstrap resamples for intervals")
+
+
+class Recipe(Strict):
+    """A whole run. A file without ``phases`` is one phase: its keys stand at the top level."""
+
+    model_name_or_path: str = Field(description="hub id, local directory, or 'lab'")
+    revision: str | None = None
+    output_dir: str
+    language: str = Field(description="target language, ISO 639 code such as ig")
+    source_language: str = "en"
+    seed: int = Field(0, ge=0)
+    phases: tuple[Phase, ...] = Field(min_length=1)
+    evaluation: Evaluation = Evaluation()
+    chat_template: str | None = Field(None, description="Jinja file, for a model that has no chat template")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    deterministic: bool = Field(True, description="deterministic kernels, so that a resumed run is bit-identical")
+    trust_remote_code: Literal[False] = Field(False, description="remote code is never run")
+
+    @model_validator(mode="after")
+    def _phases_are_consistent(self) -> Recipe:
+        names = [p.name for p in self.phases]
+        twice = sorted({n for n in names if names.count(n) > 1})
+        if twice:
+            raise ValueError(f"phase names must differ; '{twice[0]}' stands twice")
+        return self
+
+    def resolved(self) -> dict[str, Any]:
+        """Plain data with every default filled in, as written to ``recipe.yaml``."""
+        data = self.model_dump(mode="json")
+        for phase, live in zip(data["phases"], self.phases, strict=True):
+            phase["strategy"] = {"name": live.strategy.name, **live.strategy.model_dump(mode="json")}
+        return data
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything that determines the result (not of where it is written or how often it is saved)."""
+        data = self.resolved()
+        data.pop("output_dir")
+        for phase in data["phases"]:
+            for key in ("save_steps", "save_total_limit", "logging_steps", "report_to"):
+                phase.pop(key)
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], overrides: Sequence[tuple[str, Any]] = ()) -> Recipe:
+        """Read a YAML recipe.
+
+        Args:
+            path: the file.
+            overrides: ``(dotted key, value)`` pairs that replace values of the file, e.g. ``("strategy.ratio", 0.4)``.
+
+        Raises:
+            AddlangError: every problem of the file at once, each with its key.
+        """
+        path = Path(path)
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            near = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+            raise AddlangError(f"recipe '{path}' does not exist", did_you_mean(path.name, near) if near else "check the path") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise AddlangError(f"recipe '{path}' cannot be read: {error}") from error
+        except yaml.YAMLError as error:
+            raise AddlangError(f"recipe '{path}' is no valid YAML: {error}") from error
+        if not isinstance(data, dict):
+            raise AddlangError(f"recipe '{path}' must be a mapping of keys to values")
+        for key, value in overrides:
+            _set(data, key, value)
+        return cls.parse(data, where=str(path))
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any], where: str = "recipe") -> Recipe:
+        """Validate plain data; see :meth:`load`."""
+        data = dict(data)
+        if "phases" not in data:
+            phase = {k: data.pop(k) for k in list(data) if k in Phase.model_fields and k not in cls.model_fields}
+            data["phases"] = [phase]
+            flat = True
+        else:
+            flat = False
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise AddlangError(f"{where}: {error.error_count()} problem(s)\n" + "\n".join(_explain(error, flat))) from None
+
+
+def _set(data: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key; a bare strategy name becomes a mapping so that its options can be set."""
+    *parents, last = key.replace("-", "_").split(".")
+    node: Any = data
+    if parents and parents[0] not in data and "phases" in data and parents[0] in Phase.model_fields:
+        raise AddlangError(f"--{key}: the recipe has several phases", f"write --phases.0.{key}")
+    for i, part in enumerate(parents):
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                raise AddlangError(f"--{key}: '{'.'.join(parents[: i + 1])}' is no item of a list of {len(node)}")
+            node = node[int(part)]
+            continue
+        if part == "strategy" and isinstance(node.get(part), str):
+            node[part] = {"name": node[part]}
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict | list):
+            raise AddlangError(f"--{key}: '{part}' is a plain value, not a mapping")
+    if last == "strategy" and isinstance(value, str) and isinstance(node, dict) and isinstance(node.get(last), dict):
+        value = {"name": value}
+    if isinstance(node, list):
+        raise AddlangError(f"--{key}: name an item and one of its keys, for example --{'.'.join(parents)}.0.{last}")
+    node[last] = value
+
+
+_MODELS: dict[str, type[BaseModel]] = {
+    "datasets": DatasetSpec,
+    "source_datasets": DatasetSpec,
+    "target_datasets": DatasetSpec,
+    "calibration": Calibration,
+    "evaluation": Evaluation,
+    "replies": RepliesEvaluation,
+    "phases": Phase,
+}
+
+
+def _explain(error: ValidationError, flat: bool) -> list[str]:
+    """One line per problem: key, what is wrong, the remedy."""
+    lines = []
+    for e in error.errors():
+        loc = list(e["loc"])
+        if flat and loc[:2] == ["phases", 0]:
+            loc = loc[2:]
+        key = ".".join(str(p) for p in loc) or "(whole recipe)"
+        if e["type"] == "extra_forbidden":
+            parents = [p for p in e["loc"][:-1] if isinstance(p, str)]
+            model = _MODELS.get(parents[-1], Recipe) if parents else Recipe
+            known = set(model.model_fields)
+            if model is Recipe and flat:
+                known |= set(Phase.model_fields) - {"name"}
+                known -= {"phases"}
+            last = str(loc[-1])
+            alias = ALIASES.get(last)
+            hint = f"addlang calls it '{alias}'" if alias else did_you_mean(last, known)
+            lines.append(f"  {key}: unknown key. {hint}")
+        elif e["type"] == "missing":
+            lines.append(f"  {key}: missing")
+        else:
+            message = e["msg"].removeprefix("Value error, ")
+            given = e.get("input")
+            shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) and repr(given) not in message else ""
+            lines.append(f"  {key}: {message}{shown}")
+    return lines
