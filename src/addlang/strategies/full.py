@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 class Full(Strategy):
     name = "full"
-    paper = "baseline FFT of Yamaguchi et al., Mitigating Catastrophic Forgetting in Target Language Adaptation of LLMs via Source-Shielded Updates"
+    paper = "baseline (FFT) of Mitigating Catastrophic Forgetting in Target Language Adaptation of LLMs via Source-Shielded Updates"
     summary = "train everything; the most target language and the most forgetting"
 
     def plan(self, model: nn.Module, inputs: PlanInputs) -> FreezePlan:

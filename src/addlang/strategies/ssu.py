@@ -18,7 +18,7 @@ class SSU(Strategy):
     """Sections 3.1-3.3 of the paper: score on source data, freeze ``int(n * ratio)`` columns per tensor, adapt."""
 
     name = "ssu"
-    paper = "Yamaguchi et al., Mitigating Catastrophic Forgetting in Target Language Adaptation of LLMs via Source-Shielded Updates"
+    paper = "Mitigating Catastrophic Forgetting in Target Language Adaptation of LLMs via Source-Shielded Updates"
     summary = "freeze the input features (columns) that score highest on source-language data, train the rest"
 
     scorer: Literal["wanda", "magnitude", "random", "sparsegpt", "fisher"] = Field("wanda", description="importance measure (Table 4)")
