@@ -6,6 +6,7 @@ so that everything behind this module works on directories.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -262,7 +263,7 @@ class Checkpoint:
             for name in f.keys():  # noqa: SIM118 - safe_open is not a mapping
                 yield name, f.get_tensor(name)
 
-    @property
+    @functools.cached_property
     def hash(self) -> str:
         """SHA-256 over the weight files, first 16 hex digits."""
         digest = hashlib.sha256()

@@ -1,0 +1,306 @@
+"""The one training loop. The order of a step is what addlang exists for, so it stands here in full.
+
+    forward, backward (accumulated; the loss is normalised by the tokens of the whole step)
+    -> attached.before_clip -> clip -> optimizer step (decay touches only what is trained) -> attached.after_step
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from addlang.errors import AddlangError, PreemptedError
+from addlang.progress import progress
+from addlang.train import checkpoint
+from addlang.train.loss import token_loss
+
+if TYPE_CHECKING:
+    from addlang.recipe import Phase
+    from addlang.strategies.base import Attached
+
+
+class TrainingData(Protocol):
+    """What the loop reads: sequence ``k`` of the run, a pure function of ``k``."""
+
+    def batch(self, first: int, count: int) -> dict[str, np.ndarray[Any, Any]]:
+        """``input_ids``, ``labels``, ``position_ids`` [count, L] of the sequences first .. first + count - 1."""
+        ...
+
+    def describe_rows(self, first: int, count: int) -> list[dict[str, Any]]:
+        """Where those sequences come from, for error reports."""
+        ...
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a phase's budget becomes steps.
+
+    Attributes:
+        steps: optimizer steps.
+        batch: sequences per optimizer step.
+        micro: sequences per forward pass.
+    """
+
+    steps: int
+    batch: int
+    micro: int
+
+    @property
+    def accumulation(self) -> int:
+        return self.batch // self.micro
+
+    @classmethod
+    def of(cls, phase: Phase, device: torch.device) -> Schedule:
+        """Resolve batch sizes; the budget is rounded up to whole steps, as in the SSU paper (Table 8).
+
+        Raises:
+            AddlangError: contradicting batch sizes.
+        """
+        batch, micro, accumulation = phase.batch_size, phase.per_device_train_batch_size, phase.gradient_accumulation_steps
+        if micro and accumulation:
+            if "batch_size" in phase.model_fields_set and micro * accumulation != batch:
+                raise AddlangError(
+                    f"per_device_train_batch_size {micro} x gradient_accumulation_steps {accumulation} is {micro * accumulation}, batch_size is {batch}",
+                    "leave one of the three out",
+                )
+            batch = micro * accumulation
+        elif accumulation:
+            if batch % accumulation:
+                raise AddlangError(f"batch_size {batch} is not divisible by gradient_accumulation_steps {accumulation}")
+            micro = batch // accumulation
+        elif micro:
+            if batch % micro:
+                raise AddlangError(f"batch_size {batch} is not divisible by per_device_train_batch_size {micro}")
+        else:  # about 16 k tokens at a time on a GPU, 4 k on a CPU
+            fits = max(1, (16_384 if device.type == "cuda" else 4_096) // phase.sequence_length)
+            micro = max(d for d in range(1, batch + 1) if batch % d == 0 and d <= fits)
+        return cls(math.ceil(phase.tokens / (batch * phase.sequence_length)), batch, micro)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a phase did: steps, label-bearing tokens, seconds of training (all sittings), last logged loss in nats."""
+
+    steps: int
+    tokens: int
+    seconds: float
+    loss: float
+
+
+def train(
+    attached: Attached,
+    data: TrainingData,
+    phase: Phase,
+    directory: Path,
+    *,
+    device: torch.device,
+    schedule: Schedule,
+    seed: int,
+) -> TrainResult:
+    """Train one phase in ``directory``, continuing from its newest whole checkpoint.
+
+    Writes ``metrics.jsonl`` and ``checkpoint-N/`` every ``save_steps``. Killed at any moment and called again, it ends
+    with bit-identical weights (same device, threads and deterministic kernels).
+
+    Raises:
+        PreemptedError: SIGTERM arrived; the state was saved first.
+        AddlangError: the loss is NaN or infinite; the batch's rows are in ``bad_batch.json``.
+    """
+    torch.manual_seed(seed)
+    model = attached.model
+    optimizer = build_optimizer(attached, phase)
+    scheduler = build_scheduler(optimizer, phase, schedule.steps)
+    done, tokens, seconds = 0, 0, 0.0
+    found = checkpoint.newest(directory)
+    if found is not None:
+        done, extra = checkpoint.load(found, attached, optimizer)
+        scheduler.load_state_dict(extra["scheduler"])
+        tokens, seconds = extra["tokens"], extra["seconds"]
+    log = MetricsLog(directory / "metrics.jsonl", after_step=done)
+    trackers = Trackers(phase, directory)
+    autocast = compute_context(phase.precision, device)
+    parameters = [p for _, p in attached.named_trainable()]
+    loss_value = log.last_loss
+    model.train()
+    if phase.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+
+    def save(step: int) -> None:
+        extra = {"scheduler": scheduler.state_dict(), "tokens": tokens, "seconds": seconds + time.monotonic() - started}
+        checkpoint.save(directory, step, attached, optimizer, extra, phase.save_total_limit)
+
+    started = time.monotonic()
+    window_tokens, window_started = 0, started
+    total = schedule.steps * schedule.batch * phase.sequence_length
+    with preemption() as preempted, progress(f"training {phase.name}", total=total, unit="tokens") as bar:
+        for step in range(done + 1, schedule.steps + 1):
+            first = (step - 1) * schedule.batch
+            arrays = data.batch(first, schedule.batch)
+            labels = int((arrays["labels"][:, 1:] != -100).sum())
+            step_loss = torch.zeros((), device=device)
+            for batch in micro_batches(arrays, schedule.micro, device):
+                with autocast():
+                    loss_sum, _ = token_loss(model, batch)
+                    loss = loss_sum / max(labels, 1)
+                loss.backward()  # type: ignore[no-untyped-call]
+                step_loss += loss.detach()
+            term = attached.loss_term()
+            if term is not None:
+                term.backward()  # type: ignore[no-untyped-call]
+            attached.before_clip(step)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, phase.max_grad_norm or math.inf)
+            loss_value = float(step_loss)
+            if not math.isfinite(loss_value) or not math.isfinite(float(norm)):
+                rows = data.describe_rows(first, schedule.batch)
+                (directory / "bad_batch.json").write_text(json.dumps({"step": step, "rows": rows}, ensure_ascii=False, indent=1), encoding="utf-8")
+                raise AddlangError(
+                    f"the {'loss' if not math.isfinite(loss_value) else 'gradient'} became NaN or infinite at step {step} of phase '{phase.name}'",
+                    f"look at the batch's rows in {directory / 'bad_batch.json'}; lower learning_rate ({phase.learning_rate:g}) or use precision: fp32",
+                )
+            rate = scheduler.get_last_lr()[0]
+            optimizer.step()
+            attached.after_step(step)
+            scheduler.step()
+            optimizer.zero_grad(set_to_none=True)
+            tokens += labels
+            window_tokens += labels
+            bar.update(step * schedule.batch * phase.sequence_length, loss=loss_value)
+            if step % phase.logging_steps == 0 or step in (1, schedule.steps):
+                now = time.monotonic()
+                row = {
+                    "phase": phase.name, "step": step, "steps": schedule.steps, "tokens": tokens, "loss": loss_value,
+                    "learning_rate": rate, "grad_norm": float(norm),
+                    "tokens_per_second": round(window_tokens / max(now - window_started, 1e-9), 1),
+                    "seconds": round(seconds + now - started, 3),
+                }  # fmt: skip
+                log.write(row)
+                trackers.log(row)
+                window_tokens, window_started = 0, now
+            stopping = preempted.is_set and step < schedule.steps
+            if step % phase.save_steps == 0 or step == schedule.steps or stopping:
+                save(step)
+            if stopping:
+                raise PreemptedError(f"stopped by SIGTERM after step {step} of {schedule.steps}; the state is saved", "run the same command again to continue")
+    trackers.close()
+    model.eval()
+    return TrainResult(schedule.steps, tokens, seconds + time.monotonic() - started, loss_value)
+
+
+def build_optimizer(attached: Attached, phase: Phase) -> torch.optim.Optimizer:
+    """AdamW over what is trained; fused, with fp32 state where the masters are fp32."""
+    return torch.optim.AdamW(
+        attached.param_groups(phase.weight_decay),
+        lr=phase.learning_rate,
+        betas=(phase.adam_beta1, phase.adam_beta2),
+        eps=phase.adam_epsilon,
+        fused=True,
+    )
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, phase: Phase, steps: int) -> Any:
+    """transformers' schedule of that name; ``warmup_steps`` below 1 is a share of all steps."""
+    from transformers import get_scheduler
+
+    warmup = math.ceil(phase.warmup_steps * steps) if phase.warmup_steps < 1 else int(phase.warmup_steps)
+    if warmup >= steps and steps > 1:
+        raise AddlangError(f"warmup_steps {warmup} leaves none of the {steps} steps of phase '{phase.name}'", "lower warmup_steps or raise tokens")
+    return get_scheduler(phase.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+
+
+def compute_context(precision: str, device: torch.device) -> Any:
+    """A factory of autocast contexts: bf16 on GPUs (``auto``) or where asked for, none otherwise."""
+    if precision == "bf16" or (precision == "auto" and device.type == "cuda"):
+        return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
+    return contextlib.nullcontext
+
+
+def micro_batches(arrays: dict[str, np.ndarray[Any, Any]], micro: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
+    """Slices of ``micro`` sequences on the device."""
+    count = len(arrays["input_ids"])
+    for i in range(0, count, micro):
+        yield {k: torch.from_numpy(np.ascontiguousarray(v[i : i + micro])).to(device, non_blocking=True) for k, v in arrays.items()}
+
+
+class Flag:
+    """Set by a signal, read between steps."""
+
+    is_set = False
+
+
+@contextlib.contextmanager
+def preemption() -> Iterator[Flag]:
+    """Turn SIGTERM into a flag while training, so that the step in flight ends and is saved."""
+    flag = Flag()
+
+    def handle(_number: int, _frame: FrameType | None) -> None:
+        flag.is_set = True
+
+    try:
+        before = signal.signal(signal.SIGTERM, handle)
+    except ValueError:  # not the main thread: signals stay with whoever owns them
+        yield flag
+        return
+    try:
+        yield flag
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class MetricsLog:
+    """``metrics.jsonl``: one row per logging step. On resume, rows after the checkpoint are dropped: they will come again."""
+
+    def __init__(self, path: Path, *, after_step: int) -> None:
+        self.path = path
+        rows = []
+        if path.is_file():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    row = json.loads(line)
+                except ValueError:  # the line that was being written when the run was killed
+                    continue
+                if row["step"] <= after_step:
+                    rows.append(row)
+        self.last_loss = rows[-1]["loss"] if rows else math.nan
+        tmp = path.with_name(path.name + ".tmp")
+        tmp.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+        os.replace(tmp, path)
+
+    def write(self, row: dict[str, Any]) -> None:
+        with open(self.path, "a", encoding="utf-8") as f:
+            f.write(json.dumps(row) + "\n")
+
+
+class Trackers:
+    """Experiment trackers of ``report_to``, through accelerate."""
+
+    def __init__(self, phase: Phase, directory: Path) -> None:
+        self._accelerator: Any = None
+        if phase.report_to:
+            try:
+                from accelerate import Accelerator
+
+                self._accelerator = Accelerator(log_with=list(phase.report_to), project_dir=str(directory), cpu=not torch.cuda.is_available())
+                self._accelerator.init_trackers("addlang")
+            except (ImportError, ValueError) as error:
+                raise AddlangError(f"report_to {list(phase.report_to)} cannot be used: {error}", "install the tracker, for example pip install 'addlang[trackers]'") from error
+
+    def log(self, row: dict[str, Any]) -> None:
+        if self._accelerator is not None:
+            self._accelerator.log({k: v for k, v in row.items() if isinstance(v, int | float) and k not in ("step", "steps")}, step=row["step"])
+
+    def close(self) -> None:
+        if self._accelerator is not None:
+            self._accelerator.end_training()
