@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -55,6 +56,16 @@ def make_model(tokenizer: Any, seed: int = 0, **changes: Any) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(LlamaConfig(**settings)).eval()
+
+
+@pytest.fixture(scope="session")
+def new_tokenizer() -> Callable[..., Any]:
+    return make_tokenizer
+
+
+@pytest.fixture(scope="session")
+def new_model() -> Callable[..., Any]:
+    return make_model
 
 
 @pytest.fixture(scope="session")
