@@ -1,0 +1,79 @@
+"""Raw text to token ids, fast."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from addlang.errors import AddlangError
+
+Encode = Callable[[list[str]], tuple[NDArray[np.uint32], NDArray[np.int64]]]
+
+
+def document_frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """``(prefix, suffix)``: the ids before and after the text of a document.
+
+    The prefix is what the tokenizer itself puts before a text (bos, or nothing); the suffix always ends with eos.
+
+    Raises:
+        AddlangError: the tokenizer has no eos token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise AddlangError(
+            f"the tokenizer '{tokenizer.name_or_path}' has no eos token, so documents cannot be kept apart",
+            "set eos_token in its tokenizer_config.json",
+        )
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    framed = tokenizer("a", add_special_tokens=True)["input_ids"]
+    at = next((i for i in range(len(framed)) if framed[i : i + len(plain)] == plain), None)
+    prefix = list(framed[:at]) if at is not None else []
+    suffix = list(framed[at + len(plain) :]) if at is not None else []
+    return prefix, suffix if suffix[-1:] == [tokenizer.eos_token_id] else [*suffix, tokenizer.eos_token_id]
+
+
+def text_encoder(tokenizer: Any) -> Encode:
+    """A function from texts to ``(ids, lengths)``: the flat ids of all texts, without frame, and the (n,) lengths.
+
+    It works on a copy of the tokenizer, without truncation and padding, and takes control tokens that are spelt out in
+    a text for ordinary text, so that a web page that quotes ``</s>`` does not end a document.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        return lambda texts: _flat(tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    backend.encode_special_tokens = True
+    return lambda texts: _flat([e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)])
+
+
+def frame(
+    ids: NDArray[np.uint32],  # (n,)
+    lengths: NDArray[np.int64],  # (documents,)
+    prefix: list[int],
+    suffix: list[int],
+) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+    """The flat ids with prefix and suffix around every document, and the new lengths; empty documents vanish."""
+    lengths = lengths[lengths > 0]
+    framed = lengths + len(prefix) + len(suffix)
+    ends = np.cumsum(framed)
+    out = np.empty(int(framed.sum()), np.uint32)
+    text = np.ones(len(out), dtype=bool)
+    for i, token in enumerate(prefix):
+        text[ends - framed + i] = False
+        out[ends - framed + i] = token
+    for i, token in enumerate(reversed(suffix), 1):
+        text[ends - i] = False
+        out[ends - i] = token
+    out[text] = ids
+    return out, framed
+
+
+def _flat(ids: list[list[int]]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+    lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+    return np.fromiter(itertools.chain.from_iterable(ids), np.uint32, int(lengths.sum())), lengths
