@@ -11,10 +11,10 @@ import dataclasses
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from addlang.errors import AddlangError
 
@@ -187,6 +187,54 @@ class Measurement:
             if isinstance(error, AddlangError):
                 raise
             raise AddlangError(f"this is no measurement: {error}", "delete the file; it is measured again") from error
+
+
+@dataclass(frozen=True)
+class NotRun:
+    """A measurement that could not be made, and why. Shown as "not run"; no value takes its place."""
+
+    task: str
+    metric: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Outcome(Sequence[Measurement]):
+    """The measurements of one model, and what could not be measured. As a sequence: the measurements."""
+
+    measurements: tuple[Measurement, ...] = ()
+    not_run: tuple[NotRun, ...] = ()
+
+    @overload
+    def __getitem__(self, index: int) -> Measurement: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Measurement]: ...
+    def __getitem__(self, index: int | slice) -> Measurement | Sequence[Measurement]:
+        return self.measurements[index]
+
+    def __len__(self) -> int:
+        return len(self.measurements)
+
+    def __add__(self, other: Outcome) -> Outcome:
+        return Outcome(self.measurements + other.measurements, self.not_run + other.not_run)
+
+    def to_json(self) -> str:
+        """JSON text with every item of every measurement."""
+        parts = [json.loads(m.to_json()) for m in self.measurements]
+        not_run = [dataclasses.asdict(n) for n in self.not_run]
+        return json.dumps({"measurements": parts, "not_run": not_run}, ensure_ascii=False, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Outcome:
+        """Inverse of :meth:`to_json`; raises AddlangError as :meth:`Measurement.from_json` does."""
+        try:
+            data = json.loads(text)
+            return cls(
+                tuple(Measurement.from_json(json.dumps(part)) for part in data["measurements"]),
+                tuple(NotRun(**part) for part in data["not_run"]),
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise AddlangError(f"these are no measurements: {error}", "delete the file; they are made again") from error
 
 
 def cluster_key(item: Item) -> tuple[str, str]:
