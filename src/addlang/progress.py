@@ -44,28 +44,28 @@ def note(message: str) -> None:
             _plain(message)
 
 
-def progress(label: str, total: float | None = None, unit: str = "", initial: float = 0) -> Progress:
+def progress(label: str, total: float | None = None, unit: str = "") -> Progress:
     """A job to be used in a ``with`` statement.
 
     Args:
         label: what is being done, such as ``training``.
         total: amount of work; None where it is not known.
         unit: what is counted, in the plural, such as ``tokens``.
-        initial: amount that was done before (a resumed job), so that speed and time left are right.
     """
-    return Progress(label, total, unit, initial)
+    return Progress(label, total, unit)
 
 
 class Progress:
-    """One running job; see :func:`progress`."""
+    """One running job; see :func:`progress`. ``total`` may be set later, when it becomes known."""
 
-    def __init__(self, label: str, total: float | None = None, unit: str = "", initial: float = 0) -> None:
+    def __init__(self, label: str, total: float | None = None, unit: str = "") -> None:
         self.label, self.total, self.unit = label, total, unit
-        self.initial = self.done = initial
+        self.done: float = 0
         self.loss: float | None = None
         self.rate: float | None = None
         self._task: Any = None
         self._started = self._printed = time.monotonic()
+        self._first: tuple[float, float] | None = None  # time and amount of the first update
         self._visible = self._finished = False
         self._timer: threading.Timer | None = None
 
@@ -100,16 +100,19 @@ class Progress:
         Args:
             done: amount done since the very beginning (not since the last call).
             loss: latest loss, if there is one.
-            rate: units per second; default: the mean since this process started.
+            rate: units per second; default: the mean since the first update, so that a resumed job does not count
+                what an earlier process did, and a slow first step does not distort the time left.
         """
         self.done = done
+        if self._first is None:
+            self._first = (time.monotonic(), done)
         self.loss = self.loss if loss is None else loss
         self.rate = self.rate if rate is None else rate
         if not self._visible:
             return
         with _lock:
             if self._task is not None and _display is not None:
-                _display.update(self._task, completed=done, text=self._text())
+                _display.update(self._task, total=self.total, completed=done, text=self._text())
             elif time.monotonic() - self._printed >= INTERVAL:
                 self._print()
 
@@ -151,10 +154,10 @@ class Progress:
 
     def _speed(self) -> float | None:
         """Units per second."""
-        if self.rate is not None:
+        if self.rate is not None or self._first is None:
             return self.rate
-        seconds = time.monotonic() - self._started
-        return (self.done - self.initial) / seconds if self.done > self.initial and seconds > 0 else None
+        seconds, done = time.monotonic() - self._first[0], self.done - self._first[1]
+        return done / seconds if done > 0 and seconds > 0 else None
 
     def _loss_text(self) -> str:
         return "" if self.loss is None else f"loss {self.loss:.3f}"
