@@ -1,0 +1,31 @@
+"""addlang: teach an instruction-tuned LLM a new language without losing the ones it has.
+
+Importing this package loads neither torch nor transformers; the names below are loaded when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from addlang.freeze.plan import FreezePlan as FreezePlan
+    from addlang.recipe import Recipe as Recipe
+    from addlang.run import execute as execute
+
+_LAZY = {
+    "FreezePlan": "addlang.freeze.plan",
+    "Recipe": "addlang.recipe",
+    "execute": "addlang.run",
+}
+__all__ = list(_LAZY)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("addlang")
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'addlang' has no attribute '{name}'")

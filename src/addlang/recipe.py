@@ -60,6 +60,11 @@ def parse_count(value: Any) -> Any:
     return round(float(m[1]) * _UNITS[m[2]])
 
 
+def parse_list(value: Any) -> Any:
+    """``"a,b"`` -> ``["a", "b"]``, so that lists can be given on the command line."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
 Count = Annotated[int, BeforeValidator(parse_count)]
 
 
@@ -98,9 +103,9 @@ class Calibration(Strict):
 class TrainSettings(Strict):
     """One phase's optimisation. Defaults: Table 8 of the SSU paper."""
 
-    tokens: Count = Field(200_000_000, gt=0, description="training budget in tokens")
+    tokens: Count | None = Field(None, gt=0, description="training budget; None: one pass over the target data, at most the paper's 200M")
     sequence_length: int = Field(512, gt=1, description="tokens per sequence")
-    batch_size: int = Field(32, gt=0, description="sequences per optimizer step over all devices (called global batch)")
+    batch_size: int | None = Field(None, gt=0, description="sequences per optimizer step; None: 32, less where that leaves under 200 steps")
     per_device_train_batch_size: int | None = Field(None, gt=0, description="sequences per forward pass; default: as many as fit")
     gradient_accumulation_steps: int | None = Field(None, gt=0, description="default: batch_size / (per device x devices)")
     learning_rate: float = Field(5e-5, gt=0)
@@ -159,9 +164,10 @@ class Evaluation(Strict):
 
     holdout: float = Field(0.02, gt=0, lt=0.5, description="share of target documents kept for evaluation, split off before training")
     holdout_max: Count = Field(500, gt=0, description="at most this many held-out documents")
+    holdout_seed: int = Field(0, ge=0, description="which documents; not the run's seed, so that seeds share their items")
     source_datasets: tuple[DatasetSpec, ...] = Field((), description="source-language text for bits per byte; empty: built-in English")
     target_datasets: tuple[DatasetSpec, ...] = Field((), description="held-out target text; empty: split off the training data")
-    tasks: tuple[str, ...] = Field((), description="'lab', lm-eval task names, or paths of task YAML files")
+    tasks: Annotated[tuple[str, ...], BeforeValidator(parse_list)] = Field((), description="'lab', lm-eval task names, or paths of task YAML files")
     task_roles: Mapping[str, Literal["source", "target", "safety"]] = Field({}, description="role of a task; default: source")
     num_fewshot: int | None = Field(None, ge=0)
     limit: int | None = Field(None, gt=0, description="items per task")

@@ -46,48 +46,11 @@ class TrainingData(Protocol):
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a phase's budget becomes steps.
-
-    Attributes:
-        steps: optimizer steps.
-        batch: sequences per optimizer step.
-        micro: sequences per forward pass.
-    """
+    """Steps of a phase: ``steps`` optimizer steps of ``batch`` sequences, ``micro`` of them per forward pass."""
 
     steps: int
     batch: int
     micro: int
-
-    @property
-    def accumulation(self) -> int:
-        return self.batch // self.micro
-
-    @classmethod
-    def of(cls, phase: Phase, device: torch.device) -> Schedule:
-        """Resolve batch sizes; the budget is rounded up to whole steps, as in the SSU paper (Table 8).
-
-        Raises:
-            AddlangError: contradicting batch sizes.
-        """
-        batch, micro, accumulation = phase.batch_size, phase.per_device_train_batch_size, phase.gradient_accumulation_steps
-        if micro and accumulation:
-            if "batch_size" in phase.model_fields_set and micro * accumulation != batch:
-                raise AddlangError(
-                    f"per_device_train_batch_size {micro} x gradient_accumulation_steps {accumulation} is {micro * accumulation}, batch_size is {batch}",
-                    "leave one of the three out",
-                )
-            batch = micro * accumulation
-        elif accumulation:
-            if batch % accumulation:
-                raise AddlangError(f"batch_size {batch} is not divisible by gradient_accumulation_steps {accumulation}")
-            micro = batch // accumulation
-        elif micro:
-            if batch % micro:
-                raise AddlangError(f"batch_size {batch} is not divisible by per_device_train_batch_size {micro}")
-        else:  # about 16 k tokens at a time on a GPU, 4 k on a CPU
-            fits = max(1, (16_384 if device.type == "cuda" else 4_096) // phase.sequence_length)
-            micro = max(d for d in range(1, batch + 1) if batch % d == 0 and d <= fits)
-        return cls(math.ceil(phase.tokens / (batch * phase.sequence_length)), batch, micro)
 
 
 @dataclass(frozen=True)
@@ -131,7 +94,7 @@ def train(
         tokens, seconds = extra["tokens"], extra["seconds"]
     log = MetricsLog(directory / "metrics.jsonl", after_step=done)
     trackers = Trackers(phase, directory)
-    autocast = compute_context(phase.precision, device)
+    autocast = compute_context(phase, device)
     parameters = [p for _, p in attached.named_trainable()]
     loss_value = log.last_loss
     model.train()
@@ -220,9 +183,18 @@ def build_scheduler(optimizer: torch.optim.Optimizer, phase: Phase, steps: int) 
     return get_scheduler(phase.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
 
 
-def compute_context(precision: str, device: torch.device) -> Any:
-    """A factory of autocast contexts: bf16 on GPUs (``auto``) or where asked for, none otherwise."""
-    if precision == "bf16" or (precision == "auto" and device.type == "cuda"):
+def compute_dtype(phase: Phase, device: torch.device) -> torch.dtype | None:
+    """Type of the matrix products: bf16 on GPUs (``auto``) or where asked for; None: the weights' own (pure bf16)."""
+    if phase.master_weights == "model":
+        return None
+    if phase.precision == "bf16" or (phase.precision == "auto" and device.type == "cuda"):
+        return torch.bfloat16
+    return torch.float32
+
+
+def compute_context(phase: Phase, device: torch.device) -> Any:
+    """A factory of autocast contexts, empty where the products run in the weights' own type."""
+    if compute_dtype(phase, device) == torch.bfloat16:
         return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
     return contextlib.nullcontext
 

@@ -1,0 +1,5 @@
+"""``python -m addlang``."""
+
+from addlang.cli import main
+
+main()

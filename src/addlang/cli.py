@@ -1,0 +1,363 @@
+"""The command line. Thin: every command parses, calls one function and prints; heavy imports happen inside commands."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from addlang.errors import AddlangError
+
+EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
+app = typer.Typer(
+    name="addlang",
+    help="Teach an instruction-tuned LLM a new language without losing the ones it has: adapt, measure, predict.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+lab_app = typer.Typer(help="The embedded lab: a tiny real experiment, with no download. Without a subcommand it runs.", add_completion=False)
+app.add_typer(lab_app, name="lab")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start again in an output directory that holds a run.")]
+OutputDir = Annotated[str, typer.Option("--output_dir", "--output-dir", help="Where the run goes.")]
+
+
+def emit(data: Any) -> None:
+    """One JSON document on stdout."""
+    print(json.dumps(data, ensure_ascii=False, indent=1))
+
+
+def quiet(as_json: bool) -> None:
+    if as_json:
+        from addlang.progress import set_quiet
+
+        set_quiet(True)
+
+
+@app.command(context_settings=EXTRA)
+def adapt(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Hub id, local directory, or 'lab'.")],
+    text: Annotated[list[str], typer.Argument(help="Raw target text: jsonl, json, csv, parquet, txt (.gz, .zst), directory or hub id.")],
+    language: Annotated[str, typer.Option(help="Target language, ISO 639 code such as ig.")],
+    output_dir: OutputDir,
+    strategy: Annotated[str, typer.Option(help="How the source language is protected; see 'addlang strategies'.")] = "ssu",
+    tokens: Annotated[str | None, typer.Option(help="Training budget, for example 200M. Default: one pass over the text.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
+    weight: Annotated[list[float] | None, typer.Option(help="Share of the training tokens, once per TEXT, in order.")] = None,
+    replay: Annotated[str | None, typer.Option(help="Source-language data mixed in.")] = None,
+    replay_share: Annotated[float, typer.Option("--replay_share", "--replay-share", help="Its share of the training tokens.")] = 0.1,
+    calibration: Annotated[str | None, typer.Option(help="Source-language chat data for scoring. Default: a built-in English set.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")] = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Adapt MODEL to a language by continual pre-training on raw TEXT.
+
+    Any recipe key can follow as --key value, for example --learning_rate 1e-4, --ratio 0.4, --tasks ifeval.
+    """
+    from addlang.adapt import adapt_recipe
+
+    quiet(as_json)
+    recipe = adapt_recipe(
+        model, text, language=language, output_dir=output_dir, strategy=strategy, tokens=tokens, seed=seed, weights=weight or [],
+        replay=replay, replay_share=replay_share, calibration=calibration, extra=parse_overrides(context.args),
+    )  # fmt: skip
+    _execute(recipe, dry_run=dry_run, overwrite=overwrite, as_json=as_json, base_dir=None)
+
+
+@app.command(context_settings=EXTRA)
+def run(
+    context: typer.Context,
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")] = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Run a RECIPE; continue it if it was interrupted.
+
+    Any key of the recipe can be replaced: --learning_rate 1e-4, --strategy.ratio 0.4, --phases.0.tokens 1M.
+    """
+    from addlang.recipe import Recipe
+
+    quiet(as_json)
+    loaded = Recipe.load(recipe, parse_overrides(context.args))
+    _execute(loaded, dry_run=dry_run, overwrite=overwrite, as_json=as_json, base_dir=recipe.resolve().parent)
+
+
+def _execute(recipe: Any, *, dry_run: bool, overwrite: bool, as_json: bool, base_dir: Path | None) -> None:
+    if dry_run:
+        if as_json:
+            emit(recipe.resolved())
+        else:
+            import yaml
+
+            print(yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True), end="")
+        return
+    from addlang.run import execute
+
+    path = execute(recipe, overwrite=overwrite, base_dir=base_dir)
+    show_run(path, as_json)
+
+
+def show_run(path: Path, as_json: bool) -> None:
+    """The final table and verdict of a run."""
+    from addlang.report import render_table, summary_rows, verdict
+
+    if as_json:
+        comparison = path / "comparison.json"
+        emit(
+            {
+                "output_dir": str(path),
+                "verdict": verdict(path),
+                "comparison": json.loads(comparison.read_text(encoding="utf-8")) if comparison.is_file() else [],
+                "proof": {k: v for k, v in proof_summary(path).items()},
+                "report": str(path / "report.html"),
+            }
+        )
+        return
+    print()
+    render_table(*summary_rows(path))
+    print(f"\n{verdict(path)}\n\nmodel   {path}\nreport  {path / 'report.html'}")
+
+
+def proof_summary(path: Path) -> dict[str, Any]:
+    """Totals of ``proof.json`` without its tensors."""
+    file = path / "proof.json"
+    if not file.is_file():
+        return {"ok": None}
+    proof = json.loads(file.read_text(encoding="utf-8"))
+    return {"ok": proof["ok"], "phases": [{k: v for k, v in p.items() if k != "tensors"} for p in proof["phases"]]}
+
+
+def parse_overrides(arguments: list[str]) -> list[tuple[str, Any]]:
+    """``["--a.b", "1e-4", "--c=x"]`` -> ``[("a.b", 1e-4), ("c", "x")]``; values are read as YAML scalars or lists."""
+    pairs: list[tuple[str, Any]] = []
+    rest = list(arguments)
+    while rest:
+        key = rest.pop(0)
+        if not key.startswith("--") or key == "--":
+            raise AddlangError(f"unexpected argument '{key}'", "recipe keys are given as --key value")
+        name, equals, value = key[2:].partition("=")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise AddlangError(f"--{name} has no value", f"write --{name} VALUE (for example --{name} true)")
+            value = rest.pop(0)
+        pairs.append((name, parse_value(value)))
+    return pairs
+
+
+def parse_value(text: str) -> Any:
+    """A YAML scalar or list; also ``1e-4``, which YAML 1.1 would read as a string."""
+    import yaml
+
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+@app.command(context_settings=EXTRA)
+def plan(context: typer.Context, recipe: Annotated[Path, typer.Argument(help="YAML recipe.")], as_json: Json = False) -> None:
+    """Before a run: what RECIPE will train and freeze, its steps and tokens, its memory. Trains nothing."""
+    from addlang.planning import plan_run, show_plan
+    from addlang.recipe import Recipe
+
+    quiet(as_json)
+    loaded = Recipe.load(recipe, parse_overrides(context.args))
+    result = plan_run(loaded, base_dir=recipe.resolve().parent)
+    if as_json:
+        emit(result)
+    else:
+        show_plan(result)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Hub id, local directory, run directory, or 'lab'.")],
+    language: Annotated[str, typer.Option(help="Target language, ISO 639 code.")],
+    text: Annotated[list[str] | None, typer.Option(help="Held-out target text for bits per byte.")] = None,
+    source_text: Annotated[list[str] | None, typer.Option("--source_text", "--source-text", help="Held-out source text. Default: built-in English.")] = None,
+    tasks: Annotated[str, typer.Option(help="Comma-separated: 'lab', lm-eval tasks, task YAML files.")] = "",
+    limit: Annotated[int | None, typer.Option(help="Items per task.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write result rows (JSONL) here.")] = None,
+    against: Annotated[str | None, typer.Option(help="Another model: report paired differences MODEL minus AGAINST.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a model: source kept, target known, language of its replies."""
+    from addlang.evaluation import evaluate_models
+
+    quiet(as_json)
+    result = evaluate_models(
+        model, against=against, language=language, target_texts=text or [], source_texts=source_text or [], tasks=tasks, limit=limit, output=output
+    )
+    if as_json:
+        emit(result)
+    else:
+        from addlang.report import render_table
+
+        render_table(*result["table"])
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(help="A run's output directory.")], as_json: Json = False) -> None:
+    """Write report.html and the model card of a run again, from its files."""
+    from addlang.rundir import read_state
+    from addlang.run import write_reports
+
+    read_state(run_dir)
+    write_reports(run_dir)
+    show_run(run_dir, as_json)
+
+
+@app.command()
+def verify(
+    run_dir: Annotated[Path, typer.Argument(help="A run's output directory.")],
+    source: Annotated[str | None, typer.Option(help="The source model, if it is not where the run found it.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Recompute the proof from the two checkpoints: nothing that was frozen may differ. Exit code 4 if something does."""
+    from addlang.errors import ProofError
+    from addlang.verify import verify_run
+
+    quiet(as_json)
+    proof = verify_run(run_dir, source)
+    if as_json:
+        emit(proof)
+    else:
+        for p in proof["phases"]:
+            share = p["trainable_moved"] / p["trainable_elements"] if p["trainable_elements"] else 0.0
+            print(f"phase {p['phase']}: {p['frozen_changed']:,} of {p['frozen_elements']:,} frozen elements differ; ", end="")
+            print(f"{p['trainable_moved']:,} of {p['trainable_elements']:,} trainable ones moved ({share:.1%})")
+    if not proof["ok"]:
+        names = [t["name"] for p in proof["phases"] for t in p["tensors"] if t["frozen_changed"]]
+        raise ProofError(f"frozen elements differ in {len(names)} tensor(s): {', '.join(names[:10])}")
+    if not as_json:
+        print("proof holds: everything declared frozen is bit-identical")
+
+
+@app.command()
+def strategies(as_json: Json = False) -> None:
+    """List the methods, each with its paper."""
+    from addlang.strategies import available, load_strategy
+
+    rows = [{"name": c.name, "paper": c.paper, "summary": c.summary} for c in map(load_strategy, available())]
+    if as_json:
+        emit(rows)
+        return
+    from addlang.report import render_table
+
+    render_table(["strategy", "what it does", "paper"], [[r["name"], r["summary"], r["paper"]] for r in rows])
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Check this machine: versions, devices, caches, and whether the hub is reachable."""
+    from addlang.doctor import examine, show
+
+    quiet(as_json)
+    result = examine()
+    emit(result) if as_json else show(result)
+    if not result["ok"]:
+        raise typer.Exit(1)
+
+
+@lab_app.callback(invoke_without_command=True)
+def lab(
+    context: typer.Context,
+    output_dir: OutputDir = "lab-out",
+    full: Annotated[bool, typer.Option("--full", help="More seeds, learning rates and both languages (about an hour).")] = False,
+    jobs: Annotated[int | None, typer.Option(help="Runs at a time. Default: the number of cores.")] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Run the embedded experiment: five ways to learn Swahili, what each costs in English. Continues if interrupted."""
+    if context.invoked_subcommand is not None:
+        return
+    from addlang.lab.grid import run_lab
+    from addlang.report import lab_table, render_table
+
+    quiet(as_json)
+    path = run_lab(Path(output_dir), full=full, jobs=jobs, overwrite=overwrite)
+    if as_json:
+        emit(json.loads((path / "lab.json").read_text(encoding="utf-8")))
+        return
+    print()
+    for title, columns, rows in lab_table(path):
+        print(title)
+        render_table(columns, rows)
+        print()
+    print(f"report  {path / 'report.html'}")
+
+
+@lab_app.command("path")
+def lab_path(as_json: Json = False) -> None:
+    """Print where the lab model is: an ordinary Hugging Face directory."""
+    from addlang.lab import lab_model_path
+
+    emit({"model": str(lab_model_path())}) if as_json else print(lab_model_path())
+
+
+@lab_app.command("build")
+def lab_build(
+    output_dir: OutputDir = "lab-model",
+    seed: Annotated[int, typer.Option(help="Seed.")] = 0,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of 768 tokens.")] = 3600,
+    as_json: Json = False,
+) -> None:
+    """Train the lab model again from a seed."""
+    from addlang.lab.build import build
+
+    quiet(as_json)
+    about = build(Path(output_dir), seed=seed, steps=steps)
+    emit(about) if as_json else print(f"wrote {output_dir}: exact match {about['score']:.3f}")
+
+
+@lab_app.command("text")
+def lab_text(
+    language: Annotated[str, typer.Argument(help="en, sw or hi.")],
+    output: Annotated[Path, typer.Option(help="File to write (jsonl).")],
+    documents: Annotated[int, typer.Option(help="Number of documents.")] = 4000,
+    seed: Annotated[int, typer.Option(help="Seed.")] = 0,
+) -> None:
+    """Write raw text of the lab's world, to try 'adapt' on."""
+    from addlang.lab.world import write_dataset
+
+    write_dataset(language, output, documents, seed)
+    print(output)
+
+
+def main() -> None:
+    """Entry point: errors for users become one message and an exit code, without a traceback."""
+    as_json = "--json" in sys.argv
+    try:
+        app()
+    except AddlangError as error:
+        _fail(str(error), error.exit_code, as_json)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        _fail(f"{error.strerror or error}{where}\n  fix: free space or fix the permissions, then run the same command again: it continues", 1, as_json)
+    except KeyboardInterrupt:
+        _fail("interrupted; run the same command again to continue", 130, as_json)
+
+
+def _fail(message: str, code: int, as_json: bool) -> None:
+    if as_json:
+        emit({"error": message, "exit_code": code})
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,298 @@
+"""A run, from recipe to report. Read this file first: it is the whole of what addlang does, in order."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import time
+import warnings
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from addlang.errors import AddlangError, AddlangWarning, ProofError
+from addlang.recipe import Phase, Recipe
+from addlang.rundir import RunDir
+
+if TYPE_CHECKING:
+    import torch
+
+    from addlang.data.prepare import PhaseData
+    from addlang.evaluate.measurement import Measurement
+    from addlang.freeze.plan import FreezePlan
+
+
+def execute(recipe: Recipe, *, overwrite: bool = False, base_dir: Path | None = None) -> Path:
+    """Carry out a recipe, continuing where an earlier attempt stopped. Returns the run directory.
+
+    Raises:
+        AddlangError: bad input or an unusable output directory (nothing is half-written).
+        ProofError: something that was frozen has changed.
+        PreemptedError: SIGTERM arrived; the state was saved.
+    """
+    check_requirements(recipe)
+    run = RunDir.open(recipe, overwrite=overwrite)
+    sitting = time.monotonic()
+    before = run.state.get("seconds", 0.0)
+    try:
+        with collected_warnings(run):
+            device = prepare_device(recipe)
+            run.update(versions=versions(), device=describe(device))
+            from addlang.models import load_tokenizer, resolve
+
+            source = resolve(recipe.model_name_or_path, recipe.revision)
+            tokenizer = load_tokenizer(source, recipe.chat_template)
+            check_tokenizer(recipe, tokenizer)
+            data = [prepare_data(recipe, phase, tokenizer, device, base_dir, run) for phase in recipe.phases]
+            evaluate(run, "before", source, tokenizer, data, device, base_dir)
+            start = source
+            for phase, phase_data in zip(recipe.phases, data, strict=True):
+                adapt(run, phase, source if phase.start == "source" else start, tokenizer, phase_data, device, base_dir)
+                start = run.phase_dir(phase)
+                label = "after" if phase is recipe.phases[-1] else phase.name
+                evaluate(run, label, start, tokenizer, data, device, base_dir)
+            compare_models(run)
+        run.update(seconds=before + time.monotonic() - sitting)
+        run.update(status="finished")
+        write_reports(run.path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            run.update(seconds=before + time.monotonic() - sitting)
+        raise
+    finally:
+        run.close()
+    return run.path
+
+
+def adapt(run: RunDir, phase: Phase, source: Path, tokenizer: Any, data: PhaseData, device: torch.device, base_dir: Path | None) -> None:
+    """Plan, attach, train, export and prove one phase."""
+    if run.done(f"proof:{phase.name}"):
+        return
+    import torch
+
+    from addlang.export import export
+    from addlang.models import Checkpoint, load_model
+    from addlang.train import checkpoint
+    from addlang.train.loop import Schedule, compute_dtype, train
+    from addlang.train.schedule import micro_batch
+
+    directory = run.phase_dir(phase)
+    stored = Checkpoint(source)
+    dtype = stored.dtype if compute_dtype(phase, device) in (None, torch.bfloat16) else torch.float32
+    model = load_model(source, dtype=dtype, device=device)
+    plan = make_plan(run, phase, model, stored.hash, tokenizer, base_dir)
+    attached = phase.strategy.attach(model, plan, phase.execution, masters=phase.master_weights == "fp32")
+    micro = micro_batch(phase, data.batch_size, device.type)
+    schedule = Schedule(data.sequences // data.batch_size, data.batch_size, micro)
+    result = train(attached, data, phase, directory, device=device, schedule=schedule, seed=run.recipe.seed)
+    export(stored, attached, plan, directory)
+    proof = prove_phase(run, phase, source)
+    checkpoint.clear(directory)
+    trained = {**run.state.get("train", {}), phase.name: {"steps": result.steps, "tokens": result.tokens, "seconds": result.seconds, "loss": result.loss}}
+    run.finish(f"proof:{phase.name}", train=trained)
+    if not proof["ok"]:
+        raise ProofError(f"{proof['frozen_changed']} frozen elements of phase '{phase.name}' changed; see {run.path / 'proof.json'}")
+
+
+def make_plan(run: RunDir, phase: Phase, model: Any, model_hash: str, tokenizer: Any, base_dir: Path | None) -> FreezePlan:
+    """The phase's freeze plan: made once, saved, and loaded again on resume."""
+    from addlang.data.calibration import calibration_batches
+    from addlang.freeze.plan import FreezePlan
+    from addlang.progress import progress
+    from addlang.strategies import PlanInputs
+
+    path = run.plan_path(phase)
+    if run.done(f"plan:{phase.name}"):
+        plan = FreezePlan.load(path)
+        plan.validate(model)
+        return plan
+    with progress(f"scoring for {phase.strategy.name}", unit="sequences") as bar:
+        inputs = PlanInputs(
+            seed=run.recipe.seed,
+            model_hash=model_hash,
+            special_token_ids=tuple(tokenizer.all_special_ids),
+            calibration=lambda: calibration_batches(phase.calibration, tokenizer, language=run.recipe.source_language, base_dir=base_dir),
+            progress=lambda done, total, _what: _advance(bar, done, total),
+        )
+        plan = phase.strategy.plan(model, inputs)
+    plan.validate(model)
+    plan.save(path)
+    about = {**plan.provenance, "execution": phase.execution, "trainable_fraction": plan.trainable_fraction, "paper": phase.strategy.paper, "summary": phase.strategy.summary}
+    run.finish(f"plan:{phase.name}", plan={**run.state.get("plan", {}), phase.name: about})
+    return plan
+
+
+def _advance(bar: Any, done: int, total: int) -> None:
+    bar.total = total
+    bar.update(done)
+
+
+def prove_phase(run: RunDir, phase: Phase, source: Path) -> dict[str, Any]:
+    """Recompute the proof of one phase from the two checkpoints and write it into ``proof.json``."""
+    from addlang.freeze.plan import FreezePlan
+    from addlang.freeze.proof import prove
+    from addlang.models import Checkpoint
+
+    proof = {"phase": phase.name, **prove(Checkpoint(source), Checkpoint(run.phase_dir(phase)), FreezePlan.load(run.plan_path(phase)))}
+    path = run.path / "proof.json"
+    phases = json.loads(path.read_text(encoding="utf-8"))["phases"] if path.is_file() else []
+    phases = [p for p in phases if p["phase"] != phase.name] + [proof]
+    run.write_json("proof.json", {"ok": all(p["ok"] for p in phases), "phases": phases})
+    return proof
+
+
+def prepare_data(recipe: Recipe, phase: Phase, tokenizer: Any, device: torch.device, base_dir: Path | None, run: RunDir) -> PhaseData:
+    """Read, split and pack a phase's data and put its card into the state."""
+    from addlang.data.prepare import prepare
+    from addlang.progress import note, progress
+
+    rows = 0
+    with progress(f"reading data of {phase.name}", unit="rows") as bar:
+
+        def count(n: int) -> None:
+            nonlocal rows
+            rows += n
+            bar.update(rows)
+
+        data = prepare(recipe, phase, tokenizer, base_dir=base_dir, progress=count)
+    for message in data.card["notes"]:
+        note(message)
+    run.update(data={**run.state.get("data", {}), phase.name: data.card})
+    return data
+
+
+def evaluate(run: RunDir, label: str, directory: Path, tokenizer: Any, data: list[PhaseData], device: torch.device, base_dir: Path | None) -> None:
+    """Measure one checkpoint, as it lies on disk, and write its rows and items."""
+    if run.done(f"evaluate:{label}"):
+        return
+    from addlang.data.prepare import cache_root, labelled_texts
+    from addlang.evaluate.suite import build_suite, cached_evaluate
+    from addlang.models import Checkpoint, load_model
+    from addlang.progress import progress
+
+    import torch
+
+    recipe = run.recipe
+    target = labelled_texts(recipe.evaluation.target_datasets, base_dir) or list(data[-1].heldout)
+    suite = build_suite(
+        recipe.evaluation,
+        tokenizer=tokenizer,
+        heldout_target=target,
+        source_language=recipe.source_language,
+        target_language=recipe.language,
+        sequence_length=recipe.evaluation.sequence_length or recipe.phases[-1].sequence_length,
+        base_dir=base_dir,
+    )
+    stored = Checkpoint(directory)
+    model = load_model(directory, dtype=torch.float32 if device.type == "cpu" else None, device=device)
+    with progress(f"evaluating {label}", unit="tasks") as bar:
+        result = cached_evaluate(model, stored.hash, suite, cache_root() / "evaluations", progress=bar.update)
+    save_measurements(run, label, result.measurements)
+    run.finish(f"evaluate:{label}", not_run=[{"task": t, "reason": r} for t, r in result.not_run])
+
+
+def save_measurements(run: RunDir, label: str, measurements: list[Measurement]) -> None:
+    """``results.jsonl`` (one flat row per measurement) and ``samples/<label>/<task>.json`` (items)."""
+    path = run.path / "results.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    rows = [r for r in rows if r["model"] != label]
+    for m in measurements:
+        rows.append(m.row(model=label, phase=label, seed=run.recipe.seed))
+        folder = run.path / "samples" / label
+        folder.mkdir(parents=True, exist_ok=True)
+        run.write_text(f"samples/{label}/{sample_name(m)}", m.to_json())
+    run.write_jsonl("results.jsonl", rows)
+
+
+def sample_name(m: Measurement) -> str:
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in f"{m.task}.{m.metric}") + ".json"
+
+
+def compare_models(run: RunDir) -> None:
+    """``comparison.json``: before against after on the same items."""
+    from addlang.evaluate.compare import compare
+    from addlang.evaluate.measurement import Measurement
+
+    def load(label: str) -> list[Measurement]:
+        files = sorted((run.path / "samples" / label).glob("*.json"))
+        return [Measurement.from_json(f.read_text(encoding="utf-8")) for f in files]
+
+    rows = compare(load("before"), load("after"), resamples=run.recipe.evaluation.resamples, seed=run.recipe.seed)
+    run.write_json("comparison.json", rows)
+
+
+def write_reports(path: Path) -> None:
+    """Model card and HTML report from what is in the run directory."""
+    from addlang.report import write_model_card, write_report
+
+    write_model_card(path)
+    write_report(path)
+
+
+def check_requirements(recipe: Recipe) -> None:
+    """What can be known to fail before any weight is loaded."""
+    for phase in recipe.phases:
+        unknown = phase.strategy.requires() - {"source_text"}
+        if unknown:
+            raise AddlangError(f"phase '{phase.name}': strategy '{phase.strategy.name}' needs {', '.join(sorted(unknown))}")
+
+
+def check_tokenizer(recipe: Recipe, tokenizer: Any) -> None:
+    """A chat template is needed where source-language conversations are scored."""
+    from addlang.data.chat import require_chat_template
+
+    if any("source_text" in phase.strategy.requires() for phase in recipe.phases):
+        require_chat_template(tokenizer)
+
+
+def prepare_device(recipe: Recipe) -> torch.device:
+    """The device, and deterministic kernels where they are asked for.
+
+    Raises:
+        AddlangError: CUDA is asked for and there is none.
+    """
+    if recipe.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    import torch
+
+    if recipe.device == "cuda" and not torch.cuda.is_available():
+        raise AddlangError("device: cuda, but torch sees no CUDA device", "use device: auto, or install a CUDA build of torch (addlang doctor)")
+    device = torch.device("cuda" if recipe.device != "cpu" and torch.cuda.is_available() else "cpu")
+    torch.use_deterministic_algorithms(recipe.deterministic, warn_only=True)
+    return device
+
+
+def describe(device: torch.device) -> str:
+    import torch
+
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}"
+    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    return {"python": platform.python_version(), **{p: version(p) for p in ("addlang", "torch", "transformers", "datasets", "numpy")}}
+
+
+@contextlib.contextmanager
+def collected_warnings(run: RunDir) -> Iterator[None]:
+    """Show every addlang warning at once, and keep it for the report."""
+    from addlang.progress import note
+
+    before = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *args: Any, **kw: Any) -> None:
+        if issubclass(category, AddlangWarning):
+            note(f"warning: {message}")
+            run.add_warnings([str(message)])
+        else:
+            before(message, category, *args, **kw)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", AddlangWarning)
+        warnings.showwarning = show  # type: ignore[assignment]
+        yield
