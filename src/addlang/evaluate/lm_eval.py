@@ -1,0 +1,328 @@
+"""The only module that knows EleutherAI's lm-evaluation-harness: its tasks in, measurements out.
+
+A value is kept per item wherever the harness's own aggregate is the mean of them (or, for lists of yes and no such as
+IFEval's instructions, their share), which is checked against that aggregate; other metrics (BLEU, chrF, F1 over the
+corpus) come as aggregate with the harness's bootstrap standard error. A group such as ``mmlu`` is one measurement over
+all its items (a micro average), so that it has one interval.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import hashlib
+import io
+import math
+import os
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from addlang.errors import AddlangError, did_you_mean
+from addlang.evaluate.generation import inference
+from addlang.evaluate.measurement import Item, Measurement, NotMeasuredError, Role
+
+BOOTSTRAP = 100  # resamples of a corpus metric; the harness itself takes no more for BLEU and chrF
+
+
+def run_tasks(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    *,
+    num_fewshot: int | None,
+    limit: int | None,
+    batch_size: int,
+    seed: int,
+    apply_chat_template: bool,
+    roles: Mapping[str, Role] | None = None,
+    languages: Mapping[str, str] | None = None,
+    base_dir: Path | None = None,
+) -> list[Measurement]:
+    """Run harness tasks on a model in memory.
+
+    Args:
+        tasks: names of harness tasks, groups or tags, or paths of task YAML files. Where only files are asked for, the
+            harness's own 14,000 task files are not read (15 s). Relative ``data_files`` in a task file are looked up
+            beside that file.
+        num_fewshot: examples in the prompt; None: as the task says.
+        limit: first items of each task; None: all.
+        batch_size: sequences per forward pass.
+        seed: of the choice of few-shot examples; the process's own random states are left as they were.
+        apply_chat_template: put prompts through the chat template, few-shot examples as earlier turns.
+        roles, languages: by entry of ``tasks``; default ``source`` and ``en``.
+        base_dir: directory against which relative paths in ``tasks`` are resolved; None: the working directory.
+
+    Returns:
+        A measurement for every metric (and filter of replies) of every entry of ``tasks``.
+
+    Raises:
+        AddlangError: the harness is not installed, an unknown task or file, or data that cannot be loaded.
+        NotMeasuredError: a chat template is asked for and there is none.
+    """
+    if apply_chat_template and not getattr(tokenizer, "chat_template", None):
+        raise NotMeasuredError("the model has no chat template", "evaluate without it, or give one with chat_template")
+    _require()
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    files = {name: file_of(name, base_dir) for name in tasks}
+    found: list[Measurement] = []
+    with _undisturbed(seed), inference(model):
+        loaded = {name: _load(name, file) for name, file in files.items()}
+        lm = HFLM(
+            pretrained=model,
+            tokenizer=copy.deepcopy(tokenizer),  # it sets padding
+            batch_size=batch_size,
+            softmax_dtype="float32",
+        )
+        for name, file in files.items():
+            members = loaded[name]
+            for task in members["tasks"].values():
+                # 0 in a task's own file means that examples make no sense there, as in the harness itself
+                if num_fewshot is not None and task.get_config("num_fewshot") != 0:
+                    task.set_config(key="num_fewshot", value=num_fewshot)
+                elif task.get_config("num_fewshot") is None:
+                    task.set_config(key="num_fewshot", value=0)
+                task.set_fewshot_seed(seed=seed)
+            results = evaluate(
+                lm=lm,
+                task_dict=members,
+                limit=limit,
+                bootstrap_iters=BOOTSTRAP,
+                log_samples=True,
+                apply_chat_template=apply_chat_template,
+                fewshot_as_multiturn=apply_chat_template,
+            )
+            settings = {
+                "harness": version(),
+                "num_fewshot": {t: results["n-shot"].get(t) for t in sorted(members["tasks"])},
+                "limit": limit,
+                "seed": seed,
+                "chat_template": apply_chat_template,
+            }
+            if file is not None:
+                settings["file"] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+            found += _measurements(
+                name if file is None else file.stem,
+                results,
+                sorted(members["tasks"]),
+                settings,
+                role=(roles or {}).get(name, "source"),
+                language=(languages or {}).get(name, "en"),
+            )
+    return found
+
+
+def version() -> str:
+    """Name and version of the harness."""
+    from importlib.metadata import version as installed
+
+    return f"lm-eval {installed('lm_eval')}"
+
+
+def file_of(name: str, base_dir: Path | None = None) -> Path | None:
+    """The task file that an entry names, or None for a name of the harness.
+
+    Raises:
+        AddlangError: it ends like a task file and does not exist.
+    """
+    path = (base_dir or Path()) / Path(name).expanduser()
+    if path.is_file():
+        return path.resolve()
+    if path.suffix in (".yaml", ".yml"):
+        near = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        raise AddlangError(
+            f"task file '{path}' does not exist", did_you_mean(path.name, near) if near else "check the path"
+        )
+    return None
+
+
+def _require() -> None:
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        if error.name is not None and not error.name.startswith("lm_eval"):
+            raise
+        raise AddlangError(
+            "these tasks need the lm-evaluation-harness, which is not installed", "pip install 'addlang[lm-eval]'"
+        ) from error
+
+
+@functools.cache
+def _manager() -> Any:
+    """The harness's own tasks. Slow: reads all of its task files."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _load(name: str, file: Path | None) -> dict[str, Any]:
+    """Load one entry with its data: the harness's ``{"tasks": {name: Task}, "groups": ...}``."""
+    from lm_eval.tasks import TaskManager
+
+    if file is None and name not in _manager().all_tasks:
+        raise AddlangError(f"'{name}' is no task of {version()} and no file", _nearest(name, _manager().all_tasks))
+    loaded: dict[str, Any]
+    try:
+        if file is None:
+            loaded = _manager().load([name])
+            return loaded
+        # by its registered name: loaded by path, a group would take its list of tasks for its name
+        manager = TaskManager(include_path=str(file.parent), include_defaults=False)
+        own = sorted(key for key, entry in manager.task_index.items() if entry.yaml_path == file)
+        groups = [key for key in own if key in manager.all_groups]
+        with contextlib.chdir(file.parent):  # data_files are relative to the working directory in the harness
+            loaded = manager.load(groups or own or [str(file)])
+            return loaded
+    except AddlangError:
+        raise
+    except Exception as error:  # task files can run into anything: YAML, templates, data sets, the hub
+        first = next(iter(str(error).strip().splitlines()), "")
+        raise AddlangError(
+            f"task '{name if file is None else file}' cannot be loaded ({type(error).__name__}: {first})",
+            _remedy(error, file),
+        ) from error
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    """``did_you_mean`` over 14,000 names without listing them all."""
+    import difflib
+
+    near = difflib.get_close_matches(name, known, n=5, cutoff=0.6)
+    return (
+        did_you_mean(name, near) if near else "list them with: lm-eval ls tasks; or give the path of a task YAML file"
+    )
+
+
+def _remedy(error: BaseException, file: Path | None) -> str:
+    """What a user can do about a task that does not load."""
+    kinds = " ".join(type(e).__name__ for e in _causes(error))
+    if any(word in kinds for word in ("Connect", "Offline", "Timeout", "MaxRetry", "LocalEntryNotFound")):
+        return (
+            "its data come from the Hugging Face hub, which cannot be reached: load them where there is a network, "
+            "or write a task YAML file over local data_files"
+        )
+    if "DatasetNotFound" in kinds or "RepositoryNotFound" in kinds or "Gated" in kinds:
+        return "the data set is missing, private or gated: accept its terms on the hub and set HF_TOKEN"
+    if "FileNotFound" in kinds and file is not None:
+        return f"data_files are looked up beside the task file, in {file.parent}"
+    return "correct the task file" if file is not None else "this task does not work with the installed versions"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+@contextlib.contextmanager
+def _undisturbed(seed: int) -> Iterator[None]:
+    """Seed the harness without touching the process's random states, in one process and without progress bars."""
+    import numpy as np
+    import torch
+
+    states = random.getstate(), np.random.get_state()
+    multiprocessing = os.environ.get("DISABLE_MULTIPROC")
+    os.environ["DISABLE_MULTIPROC"] = "1"  # a forked bootstrap can deadlock beside torch's threads
+    try:
+        with (
+            torch.random.fork_rng(),
+            contextlib.redirect_stderr(io.StringIO()),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        if multiprocessing is None:
+            del os.environ["DISABLE_MULTIPROC"]
+        else:
+            os.environ["DISABLE_MULTIPROC"] = multiprocessing
+
+
+def _measurements(
+    name: str, results: Any, members: Sequence[str], settings: dict[str, Any], *, role: Role, language: str
+) -> list[Measurement]:
+    """One measurement per metric and filter, over the items of all member tasks."""
+    keys: dict[tuple[str, str], None] = {}  # (metric, filter), ordered; only what every member has
+    for member in members:
+        own = {(m, s["filter"]): None for s in results["samples"][member] for m in s["metrics"]}
+        keys = own if not keys else {k: None for k in keys if k in own}
+    versions = sorted({str(results["versions"][m]) for m in members})
+    measured = []
+    for metric, filter in keys:
+        label = metric if filter == "none" else f"{metric} ({filter})"
+        higher = results["higher_is_better"][members[0]].get(metric)
+        common: dict[str, Any] = {
+            "task": name,
+            "version": ", ".join(versions),
+            "role": role,
+            "language": language,
+            "metric": label,
+            "higher_is_better": True if higher is None else bool(higher),
+            "settings": settings,
+        }
+        parts = [_items(results, member, metric, filter, prefix=len(members) > 1) for member in members]
+        if all(part is not None for part in parts):
+            items = tuple(item for part in parts if part is not None for item in part)
+            measured.append(Measurement(items=items, unit="share" if _is_share(items) else metric, **common))
+            continue
+        for member, part in zip(members, parts, strict=True):  # a corpus metric has no value over several corpora
+            value = float(results["results"][member][f"{metric},{filter}"])
+            spread = results["results"][member].get(f"{metric}_stderr,{filter}")
+            measured.append(
+                Measurement(
+                    **{**common, "task": name if len(members) == 1 else member},
+                    items=part or (),
+                    unit=metric,
+                    aggregate=value,
+                    aggregate_stderr=float(spread) if isinstance(spread, int | float) else None,
+                )
+            )
+    return measured
+
+
+def _items(results: Any, member: str, metric: str, filter: str, *, prefix: bool) -> tuple[Item, ...] | None:
+    """Items of one task, or None where the metric is not a ratio of sums over them."""
+    items = []
+    for sample in results["samples"][member]:
+        if sample["filter"] != filter or metric not in sample:
+            continue
+        value = sample[metric]
+        if isinstance(value, list | tuple) and value and all(isinstance(v, bool) for v in value):
+            numerator, denominator = float(sum(value)), float(len(value))
+        elif isinstance(value, bool | int | float):
+            numerator, denominator = float(value), 1.0
+        elif hasattr(value, "item") and getattr(value, "ndim", 1) == 0:  # a numpy or torch scalar
+            numerator, denominator = float(value.item()), 1.0
+        else:
+            return None
+        # the hash of the document: items with one number but other text are not the same item
+        name = f"{sample['doc_id']}-{sample['doc_hash'][:8]}"
+        items.append(Item(f"{member}/{name}" if prefix else name, numerator, denominator, detail=_detail(sample)))
+    total = sum(item.denominator for item in items)
+    value = sum(item.numerator for item in items) / total if total else math.nan
+    given = results["results"][member][f"{metric},{filter}"]
+    same = isinstance(given, int | float) and math.isclose(value, given, rel_tol=1e-9, abs_tol=1e-12)
+    return tuple(items) if same else None
+
+
+def _detail(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Reply or scores of the choices, and the right answer."""
+    replies = sample["filtered_resps"]
+    detail: dict[str, Any] = {"answer": str(sample["target"])}
+    if all(isinstance(r, str) for r in replies):
+        detail["reply"] = replies[0] if len(replies) == 1 else list(replies)
+    elif all(isinstance(r, list | tuple) and r and isinstance(r[0], int | float) for r in replies):
+        detail["scores"] = [float(r[0]) for r in replies]
+    return detail
+
+
+def _is_share(items: Sequence[Item]) -> bool:
+    return all(0 <= item.numerator <= item.denominator for item in items)
