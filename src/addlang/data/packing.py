@@ -30,6 +30,7 @@ from numpy.typing import ArrayLike, NDArray
 from addlang.data.cache import cached, fingerprint, tokenizer_fingerprint
 from addlang.data.chat import LossOn, encode_conversation, require_chat_template
 from addlang.data.fit import best_fit
+from addlang.data.holdout import TrainRows
 from addlang.data.npystream import NpyStream
 from addlang.data.readers import row_error
 from addlang.data.sources import Row
@@ -58,7 +59,8 @@ class Packed:
         sequences: (S + 1,) sequence ``i`` is ``tokens[sequences[i]:sequences[i + 1]]``.
         documents: (D,) start of every document in the stream.
         meta: ``sequence_length``, ``fingerprint`` and the counts ``rows``, ``documents``, ``tokens``, ``bytes``,
-            ``empty``, ``dropped``, ``truncated``, and ``licences`` (rows by licence).
+            ``empty``, ``dropped``, ``truncated``, ``licences`` (rows by licence) and
+            ``split`` (duplicates and held-out documents, see :meth:`addlang.data.holdout.TrainRows.counts`).
     """
 
     path: Path
@@ -319,6 +321,7 @@ def _meta(
         "dropped": count["dropped"],
         "truncated": 0,
         "licences": dict(sorted(licences.items())),
+        "split": rows.counts() if isinstance(rows, TrainRows) else {},
     }
 
 
