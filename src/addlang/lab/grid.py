@@ -1,0 +1,312 @@
+"""``addlang lab``: a grid of real runs on the embedded world, side by side, and what they show.
+
+Every arm is an ordinary recipe carried out by :func:`addlang.run.execute` in a run directory of its own; this file only
+lists the arms, keeps the cores busy and gathers the results. Interrupted, it continues where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from addlang.errors import AddlangError
+from addlang.export import write_json
+
+LANGUAGE_NAMES = {"sw": "Swahili", "hi": "Hindi"}
+TOKENS = 300 * 512
+DOCUMENTS = 6000
+HELDOUT = 200
+
+NOTES = (
+    "The model has 0.9 million parameters and was trained on exactly the tasks it is tested on. What holds here need not hold at 7 billion.",
+    "Compare arms by the front: every arm's English against its target language. Retention at one equal learning rate flatters methods that learn less.",
+    "At this scale full fine-tuning at a lower learning rate closes most of SSU's advantage in continual pre-training; that is why it stands in the grid twice.",
+    "Wanda hardly differs from random columns here: a tiny model has no outlier features for it to find.",
+    "Two-phase runs are one seed each and carry no interval.",
+)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of an experiment: settings that a seed completes to a recipe."""
+
+    experiment: str
+    name: str
+    label: str
+    language: str
+    data: str
+    strategy: dict[str, Any]
+    learning_rate: float
+    replay: bool = False
+    note: str = ""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def arms(full: bool) -> list[Arm]:
+    """The default grid, or the long one."""
+    out: list[Arm] = []
+    seeds = (0, 1, 2, 3, 4) if full else (0, 1, 2)
+    ssu = {"name": "ssu"}
+    columns = {"name": "ssu", "scorer": "random"}
+    for language in ("sw", "hi") if full else ("sw",):
+        rates = (6e-4, 1.2e-3, 2e-3, 3e-3) if full else (1.2e-3, 2e-3)
+        for rate in rates:
+            out.append(Arm(f"cpt-{language}", f"full-{rate:g}", f"full, lr {rate:g}", language, language, {"name": "full"}, rate, seeds=seeds))
+        for rate in (1.2e-3, 2e-3, 3e-3) if full else (2e-3,):
+            out.append(Arm(f"cpt-{language}", f"ssu-{rate:g}", f"SSU-Wanda, lr {rate:g}", language, language, ssu, rate, seeds=seeds))
+            out.append(Arm(f"cpt-{language}", f"random-{rate:g}", f"random columns, lr {rate:g}", language, language, columns, rate, seeds=seeds))
+            out.append(
+                Arm(f"cpt-{language}", f"replay-{rate:g}", f"full, 10 % replay, lr {rate:g}", language, language, {"name": "full"}, rate, replay=True, seeds=seeds)
+            )
+        for kind, words in ((f"similar-{language}", "similar"), ("dissimilar", "dissimilar")):
+            if kind == "dissimilar" and language == "hi":
+                continue  # the dissimilar set is one set in both languages
+            for strategy, label in (({"name": "full"}, "full"), (ssu, "SSU-Wanda")):
+                out.append(
+                    Arm(f"two-phase-{language}", f"{words}-{strategy['name']}", f"{words} data, {label}", language, kind, strategy, 2e-3, seeds=seeds if full else (0,))
+                )
+    return out
+
+
+def recipe_data(arm: Arm, seed: int, root: Path) -> dict[str, Any]:
+    """The recipe of one run, as plain data."""
+    data = root / "data"
+    datasets: list[dict[str, Any]] = [{"path": str(data / f"{arm.data}.jsonl")}]
+    if arm.replay:
+        datasets.append({"path": str(data / "english.jsonl"), "role": "replay", "weight": 0.1})
+    return {
+        "model_name_or_path": "lab",
+        "language": arm.language,
+        "seed": seed,
+        "output_dir": str(root / "runs" / arm.experiment / f"{arm.name}-s{seed}"),
+        "device": "cpu",
+        "datasets": datasets,
+        "strategy": arm.strategy,
+        "tokens": TOKENS,
+        "sequence_length": 128,
+        "batch_size": 4,
+        "learning_rate": arm.learning_rate,
+        "logging_steps": 10,
+        "save_steps": 100,
+        "calibration": {"datasets": [{"path": str(data / "calibration.jsonl"), "role": "source"}], "sequence_length": 128, "batch_size": 25},
+        "evaluation": {
+            "tasks": ["lab"],
+            "replies": None,
+            "source_datasets": [{"path": str(data / "english-heldout.jsonl"), "role": "source"}],
+            "target_datasets": [{"path": str(data / f"{arm.data}-heldout.jsonl")}],
+            "batch_size": 64,
+            "sequence_length": 128,
+        },
+        **arm.extra,
+    }
+
+
+def write_data(root: Path, grid: list[Arm]) -> None:
+    """The world's text for these arms; written once."""
+    from addlang.lab.world import write_dataset
+
+    folder = root / "data"
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = {(a.data, DOCUMENTS, 11) for a in grid} | {("english", 2000, 12)}
+    for kind, n, seed in sorted(wanted):
+        _once(folder / f"{kind}.jsonl", lambda p, k=kind, m=n, s=seed: write_dataset(k, p, m, s))  # type: ignore[misc]
+    _once(folder / "calibration.jsonl", lambda p: write_dataset("english", p, 500, 7))
+    _once(folder / "english-heldout.jsonl", lambda p: write_heldout("en", p, HELDOUT, 13, folder))
+    for kind in sorted({a.data for a in grid}):
+        _once(folder / f"{kind}-heldout.jsonl", lambda p, k=kind: write_heldout(k, p, HELDOUT, 13, folder))  # type: ignore[misc]
+
+
+def write_heldout(kind: str, path: Path, n: int, seed: int, folder: Path) -> None:
+    """Rows like those of training data ``kind``, none of them in it."""
+    from addlang.lab.world import LANGUAGES, conversations, documents
+
+    if kind in LANGUAGES:
+        rows: list[dict[str, Any]] = [{"text": t} for t in documents(kind, n, seed, split="eval")]
+    else:
+        trained = set((folder / f"{kind}.jsonl").read_text(encoding="utf-8").splitlines())
+        drawn = {json.dumps({"messages": m}, ensure_ascii=False): {"messages": m} for m in conversations(kind, 8 * n, seed)}
+        rows = [row for line, row in drawn.items() if line not in trained][:n]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def _once(path: Path, write: Any) -> None:
+    if not path.is_file():
+        tmp = path.with_name(path.name + ".tmp")
+        write(tmp)
+        os.replace(tmp, path)
+
+
+def run_lab(root: Path, *, full: bool = False, jobs: int | None = None, overwrite: bool = False) -> Path:
+    """Carry out the grid in ``root`` and write ``lab.json`` and ``report.html``.
+
+    Args:
+        jobs: runs at a time, each with its share of the cores.
+
+    Raises:
+        AddlangError: the directory holds something else, or a run failed (its own error is shown).
+    """
+    import shutil
+
+    from addlang.progress import note, progress
+    from addlang.report import write_lab_report
+
+    marker = root / "grid.json"
+    wanted = {"grid": "full" if full else "default", "version": 1}
+    if root.exists() and not root.is_dir():
+        raise AddlangError(f"output directory '{root}' is a file", "choose another --output_dir")
+    if root.is_dir() and any(root.iterdir()):
+        there = json.loads(marker.read_text(encoding="utf-8")) if marker.is_file() else None
+        if there is None:
+            raise AddlangError(f"'{root}' is not empty and holds no lab", "choose another --output_dir")
+        if overwrite:
+            shutil.rmtree(root)
+        elif there != wanted:
+            raise AddlangError(f"'{root}' holds the {there['grid']} lab", f"add {'--full' if there['grid'] == 'full' else 'no --full'}, or start again with --overwrite")
+    root.mkdir(parents=True, exist_ok=True)
+    write_json(marker, wanted)
+    started = time.monotonic()
+    grid = arms(full)
+    write_data(root, grid)
+    todo = [(arm, seed) for arm in grid for seed in arm.seeds]
+    # the first run of every experiment measures the base model; the others find that measurement in the cache
+    todo.sort(key=lambda x: (x[1], x[0].experiment))
+    cores = os.cpu_count() or 1
+    jobs = max(1, min(jobs or cores, len(todo)))
+    note(f"{len(todo)} runs, {jobs} at a time; results go to {root}")
+    results: dict[tuple[str, str, int], dict[str, Any]] = {}
+    with progress("lab", total=len(todo), unit="runs") as bar:
+        for (arm, seed), path in _pool(todo, root, jobs, max(1, cores // jobs)):
+            results[arm.experiment, arm.name, seed] = gather(path, arm, seed)
+            bar.update(len(results))
+    write_json(root / "lab.json", summary(grid, results, root, time.monotonic() - started))
+    write_lab_report(root)
+    return root
+
+
+def _pool(todo: list[tuple[Arm, int]], root: Path, jobs: int, threads: int) -> Iterator[tuple[tuple[Arm, int], Path]]:
+    """Run everything in ``jobs`` processes; yields as they finish. The first failure stops the rest."""
+    context = multiprocessing.get_context("spawn")
+    cache = str(root / "cache")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=(threads, cache)) as pool:
+        # one run first: it fills the cache that all the others read
+        head, tail = todo[:1], todo[1:]
+        pending: dict[Future[str], tuple[Arm, int]] = {pool.submit(_work, recipe_data(a, s, root)): (a, s) for a, s in head}
+        queue = list(tail)
+        try:
+            while pending:
+                while queue and len(pending) < jobs + 1:
+                    a, s = queue.pop(0)
+                    pending[pool.submit(_work, recipe_data(a, s, root))] = (a, s)
+                for done in wait(pending, return_when=FIRST_COMPLETED).done:
+                    yield pending.pop(done), Path(done.result())
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _start_worker(threads: int, cache: str) -> None:
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["ADDLANG_CACHE"] = cache
+    from addlang.progress import set_quiet
+
+    set_quiet(True)
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def _work(data: dict[str, Any]) -> str:
+    from addlang.recipe import Recipe
+    from addlang.rundir import STATE, read_state
+    from addlang.run import execute
+
+    recipe = Recipe.parse(data, where="lab")
+    path = Path(recipe.output_dir)
+    if (path / STATE).is_file():
+        state = read_state(path)
+        if state["status"] == "finished" and state["fingerprint"] == recipe.fingerprint:
+            return str(path)
+    return str(execute(recipe))
+
+
+def gather(path: Path, arm: Arm, seed: int) -> dict[str, Any]:
+    """One run's numbers, before and after."""
+    rows = [json.loads(line) for line in (path / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    proof = json.loads((path / "proof.json").read_text(encoding="utf-8"))
+
+    def value(model: str, metric: str, role: str) -> float | None:
+        found = [r["value"] for r in rows if r["model"] == model and r["metric"] == metric and r["role"] == role]
+        if len(found) > 1:
+            raise AddlangError(f"{path}: {len(found)} results for {metric} of role {role}")
+        return found[0] if found else None
+
+    def numbers(model: str) -> dict[str, float | None]:
+        return {
+            "english": value(model, "exact_match", "source"),
+            "target_bpb": value(model, "bits_per_byte", "target"),
+            "english_bpb": value(model, "bits_per_byte", "source"),
+            "cloze": value(model, "accuracy", "target"),
+            "target_exact_match": value(model, "exact_match", "target"),
+        }
+
+    plan = next(iter(state["plan"].values()))
+    return {
+        "seed": seed,
+        **numbers("after"),
+        "before": numbers("before"),
+        "seconds": round(state["seconds"], 1),
+        "trainable_fraction": plan["trainable_fraction"],
+        "proof_ok": proof["ok"],
+        "run": str(path.name),
+    }
+
+
+def summary(grid: list[Arm], results: dict[tuple[str, str, int], dict[str, Any]], root: Path, seconds: float) -> dict[str, Any]:
+    """``lab.json``."""
+    from addlang.run import versions
+
+    titles = {
+        "cpt": "Continual pre-training on raw {} text, {:,} tokens",
+        "two-phase": "Tuning the English model on instructions in {} (similar) and on unlike tasks (dissimilar), {:,} tokens",
+    }
+    experiments = []
+    for name in dict.fromkeys(a.experiment for a in grid):
+        kind, _, language = name.rpartition("-")
+        members = [a for a in grid if a.experiment == name]
+        runs = {a.name: [results[a.experiment, a.name, s] for s in a.seeds] for a in members}
+        first = runs[members[0].name][0]
+        experiments.append(
+            {
+                "name": name,
+                "title": titles[kind].format(LANGUAGE_NAMES[language], TOKENS),
+                "language": language,
+                "baseline": first["before"],
+                "arms": [
+                    {
+                        "name": a.name, "label": a.label, "strategy": a.strategy["name"], "learning_rate": a.learning_rate, "data": a.data, "note": a.note,
+                        "runs": [{k: v for k, v in r.items() if k != "before"} | {"baseline": r["before"]} for r in runs[a.name]],
+                    }
+                    for a in members
+                ],
+            }  # fmt: skip
+        )
+    return {
+        "language": experiments[0]["language"],
+        "seeds": list(grid[0].seeds),
+        "baseline": experiments[0]["baseline"],
+        "experiments": experiments,
+        "notes": list(NOTES),
+        "seconds": round(seconds, 1),
+        "versions": versions(),
+        "command": "addlang lab",
+    }

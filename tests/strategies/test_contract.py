@@ -1,0 +1,213 @@
+"""What every strategy must do, on every architecture: contracts 1, 2, 4, 6 and 9; 5 and 8 are in test_training.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import ARCHITECTURES, calibration, make_model, make_tokenizer, save_model
+
+from addlang.errors import AddlangError
+from addlang.export import export
+from addlang.freeze.plan import FreezePlan
+from addlang.freeze.proof import bits, prove
+from addlang.models import Checkpoint, embedding_names, load_model
+from addlang.strategies import PlanInputs, available, load_strategy, make_strategy
+
+STRATEGIES: dict[str, list[dict[str, Any]]] = {
+    "full": [{}],
+    "ssu": [
+        {},
+        {"granularity": "row"},
+        {"granularity": "element"},
+        {"scorer": "magnitude", "ratio": 0.875},
+        {"scorer": "random"},
+        {"scorer": "sparsegpt"},
+        {"scorer": "fisher"},
+        {"reference_code": True},
+        {"freeze_special_tokens": True},
+        {"train_embeddings": False, "train_lm_head": False},
+    ],
+}
+CASES = [(n, o) for n, many in STRATEGIES.items() for o in many]
+IDS = [f"{n}-{'-'.join(map(str, o.values())) or 'default'}" for n, o in CASES]
+cases = pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
+architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
+
+
+def inputs(seed: int = 0, model_hash: str = "") -> PlanInputs:
+    return PlanInputs(seed=seed, model_hash=model_hash, special_token_ids=(0, 1, 2), calibration=lambda: calibration())
+
+
+def adamw_steps(attached: Any, steps: int = 4) -> None:
+    """Momentum, decoupled decay and clipping, in the loop's order; every token of the vocabulary occurs."""
+    optimizer = torch.optim.AdamW(attached.param_groups(0.1), lr=1e-2, fused=True)
+    vocabulary = attached.model.config.vocab_size
+    for step in range(1, steps + 1):
+        ids = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(step)).view(1, -1)[:, :250]
+        rest = torch.arange(vocabulary).view(1, -1)[:, -250:]
+        for batch in (ids, rest):
+            attached.model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
+        attached.before_clip(step)
+        torch.nn.utils.clip_grad_norm_([p for _, p in attached.named_trainable()], 1.0)
+        optimizer.step()
+        attached.after_step(step)
+        optimizer.zero_grad()
+
+
+def test_every_strategy_stands_in_this_contract() -> None:
+    assert set(STRATEGIES) == set(available())
+
+
+@pytest.mark.parametrize("name", available())
+def test_every_strategy_names_its_paper_and_what_it_does(name: str) -> None:
+    strategy = load_strategy(name)
+    assert strategy.name == name
+    assert strategy.paper
+    assert strategy.summary
+
+
+@architectures
+@cases
+def test_frozen_is_bit_identical_and_trainable_can_move(architecture: str, name: str, options: dict[str, Any]) -> None:
+    model = make_model(architecture)
+    strategy = make_strategy(name, options)
+    plan = strategy.plan(model, inputs())
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    attached = strategy.attach(model, plan, "masked")
+    adamw_steps(attached)
+    after = dict(attached.export())
+    for parameter, old in before.items():
+        entry = plan[parameter]
+        new = after.get(parameter, old)
+        moved = bits(new) != bits(old)
+        assert not bool((moved & entry.mask()).any()), f"{parameter}: frozen elements moved"
+        free = ~entry.mask()
+        if bool(free.any()):
+            assert bool(moved[free].any()), f"{parameter}: nothing trainable moved"
+
+
+@cases
+def test_the_plan_leaves_the_weights_bit_identical(name: str, options: dict[str, Any]) -> None:
+    model = make_model("qwen3")
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    make_strategy(name, options).plan(model, inputs())
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+
+
+@cases
+def test_the_plan_is_deterministic_for_a_seed_and_survives_saving(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    strategy = make_strategy(name, options)
+    a = strategy.plan(make_model("llama"), inputs(3))
+    b = strategy.plan(make_model("llama"), inputs(3))
+    assert a.equal(b)
+    a.save(tmp_path / "plan.safetensors")
+    assert FreezePlan.load(tmp_path / "plan.safetensors").equal(a)
+
+
+def test_another_seed_gives_another_random_plan() -> None:
+    strategy = make_strategy("ssu", {"scorer": "random"})
+    assert not strategy.plan(make_model("llama"), inputs(1)).equal(strategy.plan(make_model("llama"), inputs(2)))
+
+
+@architectures
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_export_is_the_trained_model_in_the_sources_layout(architecture: str, dtype: str, tmp_path: Path) -> None:
+    source = Checkpoint(save_model(tmp_path / "source", architecture, dtype))
+    model = load_model(source.directory, dtype=torch.float32)
+    strategy = make_strategy("ssu", {})
+    plan = strategy.plan(model, inputs(model_hash=source.hash))
+    attached = strategy.attach(model, plan, "masked")
+    adamw_steps(attached, 2)
+    export(source, attached, plan, tmp_path / "out")
+    adapted = Checkpoint(tmp_path / "out")
+    assert adapted.header == source.header
+    assert {p.name for p in adapted.directory.iterdir()} == {p.name for p in source.directory.iterdir()}
+    assert prove(source, adapted, plan)["ok"]
+    loaded = load_model(adapted.directory, dtype=torch.float32)
+    for p in model.parameters():  # what the checkpoint can hold of the fp32 masters
+        p.data = p.data.to(source.dtype).float()
+    ids = torch.arange(5, 60).view(1, -1)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+@architectures
+def test_embedding_and_head_are_treated_alike_in_all_arms(architecture: str) -> None:
+    model = make_model(architecture)
+    embedding, head, _ = embedding_names(model)
+    for options in ({}, {"freeze_special_tokens": True}, {"train_embeddings": False, "train_lm_head": False}):
+        plans = [make_strategy(n, options).plan(model, inputs()) for n in available()]
+        for name in {embedding, head}:
+            assert len({(p[name].kind, p[name].frozen_count) for p in plans}) == 1
+
+
+def test_tied_weights_with_contradicting_options_are_refused() -> None:
+    with pytest.raises(AddlangError, match="ties its head to its embedding"):
+        make_strategy("full", {"train_lm_head": False}).plan(make_model("qwen3"), inputs())
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.125, 0.5, 0.875, 0.95])
+def test_ratio_freezes_the_floor_of_each_tensors_columns(ratio: float) -> None:
+    plan = make_strategy("ssu", {"ratio": ratio}).plan(make_model("llama"), inputs())
+    entry = plan["model.layers.0.mlp.down_proj.weight"]  # 48 input features
+    assert entry.frozen_count == int(48 * ratio) * 32
+    assert plan["model.norm.weight"].frozen_count == int(32 * ratio)
+
+
+def test_unknown_strategy_and_option_name_the_nearest() -> None:
+    with pytest.raises(AddlangError, match="Did you mean 'ssu'"):
+        make_strategy("sssu", {})
+    with pytest.raises(AddlangError, match="Did you mean 'ratio'"):
+        make_strategy("ssu", {"ration": 0.5})
+    with pytest.raises(AddlangError, match="less than or equal to 0.95"):
+        make_strategy("ssu", {"ratio": 1.5})
+
+
+def test_an_architecture_without_linear_layers_is_refused_by_name() -> None:
+    import transformers
+
+    config = transformers.GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2)
+    with pytest.raises(AddlangError, match=r"parameter 'transformer\.wpe\.weight'.*not of a linear layer"):
+        make_strategy("ssu", {"scorer": "magnitude"}).plan(transformers.GPT2LMHeadModel(config), inputs())
+
+
+def test_pickled_weights_are_refused(tmp_path: Path) -> None:
+    save_model(tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").unlink()
+    torch.save({}, tmp_path / "m" / "pytorch_model.bin")
+    with pytest.raises(AddlangError, match="only pickled weights"):
+        Checkpoint(tmp_path / "m")
+
+
+def test_a_torn_weight_file_is_an_error_that_names_it(tmp_path: Path) -> None:
+    save_model(tmp_path / "m")
+    file = tmp_path / "m" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(AddlangError, match=r"model\.safetensors is torn"):
+        Checkpoint(tmp_path / "m")
+
+
+def test_the_proof_sees_a_single_flipped_bit(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    source = Checkpoint(save_model(tmp_path / "source"))
+    save_model(tmp_path / "other")
+    plan = make_strategy("ssu", {}).plan(load_model(source.directory, dtype=torch.float32), inputs(model_hash=source.hash))
+    name = "model.layers.1.mlp.up_proj.weight"
+    index = plan[name].index
+    assert index is not None
+    file = tmp_path / "other" / "model.safetensors"
+    tensors = load_file(file)
+    raw = tensors[name].view(torch.int16)
+    raw[3, int(index[0])] ^= 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    proof = prove(source, Checkpoint(tmp_path / "other"), plan)
+    assert not proof["ok"]
+    assert proof["frozen_changed"] == 1
+    assert [t["name"] for t in proof["tensors"] if t["frozen_changed"]] == [name]
+
+
+def test_the_tokenizer_is_what_the_model_was_made_with() -> None:
+    assert make_model("llama").config.vocab_size == len(make_tokenizer())
