@@ -125,13 +125,15 @@ def test_two_runs_pair_item_by_item(model: Any, tokenizer: Any, new_model: Any, 
     assert "McNemar" in d.method
 
 
-def test_another_row_is_another_item(model: Any, tokenizer: Any, folder: Path) -> None:
+def test_other_data_are_another_task(model: Any, tokenizer: Any, folder: Path) -> None:
     task = [str(folder / "choice.yaml")]
     before = run(model, tokenizer, task)[0]
     rows = [{**ROWS[0], "question": "the new cat sat on the"}, *ROWS[1:]]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(AddlangError, match="did not answer the same items"):
-        paired_difference(before, run(model, tokenizer, task)[0])
+    after = run(model, tokenizer, task)[0]
+    assert [a.id == b.id for a, b in zip(after.items, before.items, strict=True)] == [False] + [True] * 6
+    with pytest.raises(AddlangError, match="setting 'content'"):
+        paired_difference(before, after)
 
 
 def test_a_group_is_one_measurement_over_all_items(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -148,7 +150,20 @@ def test_limit_examples_and_file_stand_in_the_settings(model: Any, tokenizer: An
     assert m.n == 3
     assert m.settings["limit"] == 3
     assert m.settings["num_fewshot"] == {"tiny_choice": 0}
-    assert len(m.settings["file"]) == 16
+    assert m.settings["content"] == harness.content(folder / "choice.yaml")
+
+
+def test_content_is_that_of_configuration_and_data_wherever_they_lie(folder: Path, tmp_path: Path) -> None:
+    first = harness.content(folder / "choice.yaml")
+    copy = tmp_path / "elsewhere"
+    copy.mkdir()
+    for name in ("choice.yaml", "data.jsonl"):
+        (copy / name).write_text((folder / name).read_text())
+    assert harness.content(copy / "choice.yaml") == first
+    (copy / "choice.yaml").write_text(CHOICE.replace("{{question}}", "{{question}} "))
+    assert harness.content(copy / "choice.yaml") != first
+    (folder / "data.jsonl").write_text((folder / "data.jsonl").read_text().replace("hat", "rat"))
+    assert harness.content(folder / "choice.yaml") != first
 
 
 def test_the_process_is_left_as_it_was(

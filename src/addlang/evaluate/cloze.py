@@ -35,7 +35,7 @@ def choice_accuracy(
     language: str,
     normalize: Literal["none", "bytes"] = "none",
     version: str = VERSION,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Measurement:
     """Share of items whose right choice has the highest log-likelihood after its context.
 
@@ -47,7 +47,7 @@ def choice_accuracy(
         items: see :class:`Choices`; context and choice are joined as they are, so a space belongs to one of them.
         normalize: ``bytes`` divides by the choice's length in UTF-8 (long choices are not at a disadvantage).
         batch_size: (context, choice) pairs per forward pass.
-        progress: called with the number of pairs just finished.
+        progress: called with the number of pairs done and of all pairs.
 
     Raises:
         AddlangError: an item without a right choice, with an empty one, or too long for the model.

@@ -56,7 +56,7 @@ def exact_match(
     language: str,
     score: Callable[[str, Question], bool] = equal_text,
     version: str = VERSION,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Measurement:
     """Share of questions answered exactly.
 
@@ -65,7 +65,7 @@ def exact_match(
         max_new_tokens: tokens per reply; a longer reply is cut and says so in its detail.
         batch_size: questions per batch; does not change the result.
         score: whether a reply (special tokens removed) answers the question.
-        progress: called with the number of questions just finished.
+        progress: called with the number of questions done and of all questions.
 
     Raises:
         NotMeasuredError: no chat template, or no questions.

@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from addlang.errors import AddlangError
+from addlang.evaluate.measurement import NotMeasuredError
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +43,7 @@ def greedy(
     max_new_tokens: int,
     batch_size: int,
     stop_ids: Collection[int],
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
     """Most likely continuation, token by token.
 
@@ -54,19 +54,20 @@ def greedy(
         max_new_tokens: tokens, at most, per reply.
         batch_size: prompts per batch; does not change the result.
         stop_ids: ids that end a reply.
-        progress: called with the number of prompts just finished.
+        progress: called with the number of prompts done and of all prompts.
 
     Returns:
         New token ids per prompt, in input order, without the prompt and without the stop token. A reply of
         ``max_new_tokens`` tokens was cut off.
 
     Raises:
-        AddlangError: an empty prompt, or prompt and reply do not fit into the model's positions.
+        NotMeasuredError: an empty prompt, or prompt and reply do not fit into the model's positions.
     """
     import torch
 
     _check(model, prompts, max_new_tokens)
     replies: list[list[int]] = [[] for _ in prompts]
+    finished = 0
     extra = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=model.device)
     with inference(model):
@@ -93,7 +94,7 @@ def greedy(
                     break
                 cache = output.past_key_values
                 if 2 * sum(done) >= len(done):
-                    keep = [row for row, finished in enumerate(done) if not finished]
+                    keep = [row for row, ended_row in enumerate(done) if not ended_row]
                     index = torch.tensor(keep, device=model.device)
                     cache.batch_select_indices(index)
                     token, mask, position = token[index], mask[index], position[index]
@@ -108,8 +109,9 @@ def greedy(
                     **extra,
                 )
                 position = position + 1
+            finished += len(rows)
             if progress is not None:
-                progress(len(rows))
+                progress(finished, len(prompts))
     return replies
 
 
@@ -126,7 +128,7 @@ def sample(
     top_p: float = 0.9,
     top_k: int = 40,
     repetition_penalty: float = 1.1,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
     """Random continuations through ``model.generate``; the defaults are Table 9 of the SSU paper.
 
@@ -153,6 +155,7 @@ def sample(
         pad_token_id=pad,
     )
     replies: list[list[int]] = [[] for _ in prompts]
+    finished = 0
     devices = [model.device] if model.device.type == "cuda" else []
     own, model.generation_config = model.generation_config, settings
     try:
@@ -164,8 +167,9 @@ def sample(
                 for row, new in zip(rows, output[:, ids.shape[1] :].tolist(), strict=True):
                     end = next((i for i, token in enumerate(new) if token in stop_ids), len(new))
                     replies[row] = new[:end]
+                finished += len(rows)
                 if progress is not None:
-                    progress(len(rows))
+                    progress(finished, len(prompts))
     finally:
         model.generation_config = own
     return replies
@@ -220,9 +224,9 @@ def _check(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) ->
     limit = getattr(config, "max_position_embeddings", None)
     for i, prompt in enumerate(prompts):
         if not prompt:
-            raise AddlangError(f"prompt {i} has no tokens, so there is nothing to continue", "remove empty prompts")
+            raise NotMeasuredError(f"prompt {i} has no tokens, so there is nothing to continue", "remove empty prompts")
         if limit is not None and len(prompt) + max_new_tokens > limit:
-            raise AddlangError(
+            raise NotMeasuredError(
                 f"prompt {i} has {len(prompt)} tokens; with {max_new_tokens} new ones it exceeds the model's {limit}",
                 "lower max_new_tokens or shorten the prompt",
             )

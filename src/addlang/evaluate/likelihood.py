@@ -29,7 +29,7 @@ def log_likelihoods(
     starts: Sequence[int],
     *,
     batch_size: int,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[float]:
     """Log-probability in nats of ``sequence[start:]`` given ``sequence[:start]``, summed over tokens.
 
@@ -40,7 +40,7 @@ def log_likelihoods(
         sequences: token ids.
         starts: first scored position of each, at least 1.
         batch_size: sequences per forward pass; does not change the result beyond rounding.
-        progress: called with the number of sequences just finished.
+        progress: called with the number of sequences done and of all sequences.
 
     Raises:
         AddlangError: a sequence is longer than the model's positions.
@@ -80,5 +80,5 @@ def log_likelihoods(
             for row, i in enumerate(rows):
                 sums[i] = float(totals[row])
             if progress is not None:
-                progress(len(rows))
+                progress(first + len(rows), len(order))
     return sums

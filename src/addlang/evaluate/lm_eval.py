@@ -13,6 +13,7 @@ import copy
 import functools
 import hashlib
 import io
+import json
 import math
 import os
 import random
@@ -64,7 +65,7 @@ def run_tasks(
     """
     if apply_chat_template and not getattr(tokenizer, "chat_template", None):
         raise NotMeasuredError("the model has no chat template", "evaluate without it, or give one with chat_template")
-    _require()
+    require()
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -72,6 +73,7 @@ def run_tasks(
     found: list[Measurement] = []
     with _undisturbed(seed), inference(model):
         loaded = {name: _load(name, file) for name, file in files.items()}
+        contents = {name: _content(loaded[name]["tasks"]) for name, file in files.items() if file is not None}
         lm = HFLM(
             pretrained=model,
             tokenizer=copy.deepcopy(tokenizer),  # it sets padding
@@ -104,7 +106,7 @@ def run_tasks(
                 "chat_template": apply_chat_template,
             }
             if file is not None:
-                settings["file"] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+                settings["content"] = contents[name]
             found += _measurements(
                 name if file is None else file.stem,
                 results,
@@ -121,6 +123,27 @@ def version() -> str:
     from importlib.metadata import version as installed
 
     return f"lm-eval {installed('lm_eval')}"
+
+
+def content(file: Path) -> str:
+    """Hash of all that a task file determines: its resolved configuration, the code that it names and its data."""
+    require()
+    with _undisturbed(0):
+        return _content(_load(str(file), file)["tasks"])
+
+
+def _content(tasks: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tasks):
+        config = dict(tasks[name].dump_config())  # functions as their source
+        config["metadata"] = {k: v for k, v in (config.get("metadata") or {}).items() if k != "config_source"}
+        kwargs = config.pop("dataset_kwargs", None) or {}
+        config["dataset_kwargs"] = {k: v for k, v in kwargs.items() if k != "data_files"}  # where they lie is no matter
+        digest.update(json.dumps([name, config], sort_keys=True, default=str).encode())
+        for split in sorted(tasks[name].dataset):
+            for row in tasks[name].dataset[split]:
+                digest.update(json.dumps([split, row], sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:16]
 
 
 def file_of(name: str, base_dir: Path | None = None) -> Path | None:
@@ -140,7 +163,8 @@ def file_of(name: str, base_dir: Path | None = None) -> Path | None:
     return None
 
 
-def _require() -> None:
+def require() -> None:
+    """Make sure that the harness is installed; otherwise AddlangError with the command that installs it."""
     try:
         import lm_eval  # noqa: F401
     except ImportError as error:

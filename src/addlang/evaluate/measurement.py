@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 from addlang.errors import AddlangError
 
@@ -189,12 +189,10 @@ class Measurement:
             raise AddlangError(f"this is no measurement: {error}", "delete the file; it is measured again") from error
 
 
-@dataclass(frozen=True)
-class NotRun:
-    """A measurement that could not be made, and why. Shown as "not run"; no value takes its place."""
+class NotRun(NamedTuple):
+    """What could not be measured, and why. Shown as "not run"; no value takes its place."""
 
     task: str
-    metric: str
     reason: str
 
 
@@ -202,8 +200,8 @@ class NotRun:
 class Outcome(Sequence[Measurement]):
     """The measurements of one model, and what could not be measured. As a sequence: the measurements."""
 
-    measurements: tuple[Measurement, ...] = ()
-    not_run: tuple[NotRun, ...] = ()
+    measurements: list[Measurement] = field(default_factory=list)
+    not_run: list[NotRun] = field(default_factory=list)
 
     @overload
     def __getitem__(self, index: int) -> Measurement: ...
@@ -221,8 +219,7 @@ class Outcome(Sequence[Measurement]):
     def to_json(self) -> str:
         """JSON text with every item of every measurement."""
         parts = [json.loads(m.to_json()) for m in self.measurements]
-        not_run = [dataclasses.asdict(n) for n in self.not_run]
-        return json.dumps({"measurements": parts, "not_run": not_run}, ensure_ascii=False, allow_nan=False)
+        return json.dumps({"measurements": parts, "not_run": self.not_run}, ensure_ascii=False, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Outcome:
@@ -230,8 +227,8 @@ class Outcome(Sequence[Measurement]):
         try:
             data = json.loads(text)
             return cls(
-                tuple(Measurement.from_json(json.dumps(part)) for part in data["measurements"]),
-                tuple(NotRun(**part) for part in data["not_run"]),
+                [Measurement.from_json(json.dumps(part)) for part in data["measurements"]],
+                [NotRun(*part) for part in data["not_run"]],
             )
         except (ValueError, KeyError, TypeError) as error:
             raise AddlangError(f"these are no measurements: {error}", "delete the file; they are made again") from error

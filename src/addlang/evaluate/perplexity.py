@@ -40,7 +40,7 @@ def bits_per_byte(
     role: Role,
     language: str,
     task: str,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Measurement:
     """Bits that the model needs for the text, over its size in bytes of UTF-8.
 
@@ -48,7 +48,7 @@ def bits_per_byte(
         documents: (id, text); an item each, with its bits and its bytes. No text is dropped.
         sequence_length: tokens per window with the start token. Longer documents are cut into consecutive windows.
         batch_size: windows per forward pass.
-        progress: called with the number of windows just finished.
+        progress: called with the number of windows done and of all windows.
 
     Raises:
         AddlangError: ``sequence_length`` below 2 or above the model's positions.

@@ -102,7 +102,7 @@ def reply_language(
     min_chars: int = MIN_CHARS,
     sampling: Mapping[str, Any] | None = None,
     task: str = "replies",
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Outcome:
     """Measure free replies to prompts, asked through the chat template.
 
@@ -113,7 +113,7 @@ def reply_language(
         batch_size: prompts per batch.
         min_chars: see :func:`is_judged`; shorter sentences are counted in the detail and not judged.
         sampling: None for greedy decoding, or the arguments of :func:`addlang.evaluate.generation.sample`.
-        progress: called with the number of prompts just finished.
+        progress: called with the number of prompts done and of all prompts.
 
     Returns:
         Two measurements. ``sentences_in_language``: sentences in the expected language over sentences judged, an item
@@ -176,7 +176,7 @@ def reply_language(
             )
         )
     except NotMeasuredError as error:
-        not_run.append(NotRun(task, "sentences_in_language", error.message))
+        not_run.append(NotRun(f"{task} (sentences_in_language)", error.message))
     measurements.append(
         Measurement(
             task=task,
@@ -190,4 +190,4 @@ def reply_language(
             unit="share",
         )
     )
-    return Outcome(tuple(measurements), tuple(not_run))
+    return Outcome(measurements, not_run)
