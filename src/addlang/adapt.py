@@ -75,6 +75,11 @@ def _place(data: dict[str, Any], key: str, value: Any, strategy: str) -> None:
     head, dot, rest = key.partition(".")
     if dot and head in ("strategy", "evaluation", "calibration"):
         data[head][rest] = value
+    elif dot and head in Evaluation.model_fields:
+        inner = data["evaluation"].setdefault(head, {})
+        if not isinstance(inner, dict):
+            raise AddlangError(f"--{key}: '{head}' is already set to a plain value")
+        inner[rest] = value
     elif key in Recipe.model_fields or key in Phase.model_fields:
         data[key] = value
     elif key in options:

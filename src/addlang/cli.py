@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import typer
 
 from addlang.errors import AddlangError
 
+MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EMFILE}
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 app = typer.Typer(
     name="addlang",
@@ -64,9 +66,10 @@ def adapt(
     from addlang.adapt import adapt_recipe
 
     quiet(as_json)
+    texts, options = split_arguments([*text, *context.args])
     recipe = adapt_recipe(
-        model, text, language=language, output_dir=output_dir, strategy=strategy, tokens=tokens, seed=seed, weights=weight or [],
-        replay=replay, replay_share=replay_share, calibration=calibration, extra=parse_overrides(context.args),
+        model, texts, language=language, output_dir=output_dir, strategy=strategy, tokens=tokens, seed=seed, weights=weight or [],
+        replay=replay, replay_share=replay_share, calibration=calibration, extra=parse_overrides(options),
     )  # fmt: skip
     _execute(recipe, dry_run=dry_run, overwrite=overwrite, as_json=as_json, base_dir=None)
 
@@ -133,6 +136,24 @@ def proof_summary(path: Path) -> dict[str, Any]:
         return {"ok": None}
     proof = json.loads(file.read_text(encoding="utf-8"))
     return {"ok": proof["ok"], "phases": [{k: v for k, v in p.items() if k != "tensors"} for p in proof["phases"]]}
+
+
+def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Positional values, and ``--key value`` pairs that the parser left among them."""
+    values: list[str] = []
+    options: list[str] = []
+    rest = list(arguments)
+    while rest:
+        item = rest.pop(0)
+        if item.startswith("--"):
+            options.append(item)
+            if "=" not in item and rest and not rest[0].startswith("--"):
+                options.append(rest.pop(0))
+        else:
+            values.append(item)
+    if not values:
+        raise AddlangError("no TEXT given", "name at least one file, directory or hub id after MODEL")
+    return values, options
 
 
 def parse_overrides(arguments: list[str]) -> list[tuple[str, Any]]:
@@ -346,6 +367,8 @@ def main() -> None:
     except AddlangError as error:
         _fail(str(error), error.exit_code, as_json)
     except OSError as error:
+        if error.errno not in MENDABLE:
+            raise
         where = f" ({error.filename})" if error.filename else ""
         _fail(f"{error.strerror or error}{where}\n  fix: free space or fix the permissions, then run the same command again: it continues", 1, as_json)
     except KeyboardInterrupt:

@@ -101,7 +101,9 @@ def load_model(directory: Path, *, dtype: torch.dtype | None = None, device: str
         AddlangError: weights are missing, pickled, quantised, or of an architecture that is not a causal LM.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()  # ours is addlang.progress
     checkpoint = Checkpoint(directory)  # refuses pickles before anything is read
     try:
         config = AutoConfig.from_pretrained(str(directory), trust_remote_code=False)

@@ -168,12 +168,12 @@ def evaluate(run: RunDir, label: str, directory: Path, tokenizer: Any, data: lis
     """Measure one checkpoint, as it lies on disk, and write its rows and items."""
     if run.done(f"evaluate:{label}"):
         return
+    import torch
+
     from addlang.data.prepare import cache_root, labelled_texts
     from addlang.evaluate.suite import build_suite, cached_evaluate
     from addlang.models import Checkpoint, load_model
     from addlang.progress import progress
-
-    import torch
 
     recipe = run.recipe
     target = labelled_texts(recipe.evaluation.target_datasets, base_dir) or list(data[-1].heldout)

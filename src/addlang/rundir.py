@@ -42,7 +42,7 @@ class RunDir:
         try:
             path.mkdir(parents=True, exist_ok=True)
             run._acquire()
-            if overwrite and (path / STATE).is_file():
+            if (path / STATE).is_file() and (overwrite or run._is_a_stranger_without_results()):
                 run._clear()
             run._check_ownership()
             if not (path / STATE).is_file():
@@ -53,6 +53,12 @@ class RunDir:
         except (NotADirectoryError, FileExistsError):
             raise AddlangError(f"output directory '{path}' is a file", "choose another --output_dir") from None
         return run
+
+    def _is_a_stranger_without_results(self) -> bool:
+        """A run of another recipe that ended before anything was computed, as after a mistyped path: nothing is lost."""
+        state = self.state
+        started = any(state.get("stages", {}).values()) or any(self.path.rglob("checkpoint-*"))
+        return state.get("fingerprint") != self.recipe.fingerprint and not started
 
     def _check_ownership(self) -> None:
         if not (self.path / STATE).is_file():
@@ -180,4 +186,9 @@ def _differences(old: Any, new: Any, prefix: str = "") -> Iterator[str]:
         for i, (a, b) in enumerate(zip(old, new, strict=True)):
             yield from _differences(a, b, f"{prefix}{i}.")
     elif old != new:
-        yield f"{prefix.rstrip('.')} ({old!r} there, {new!r} here)"
+        yield f"{prefix.rstrip('.')} ({_short(old)} there, {_short(new)} here)"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

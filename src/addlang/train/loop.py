@@ -91,6 +91,8 @@ def train(
     if found is not None:
         done, extra = checkpoint.load(found, attached, optimizer)
         scheduler.load_state_dict(extra["scheduler"])
+        for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate  # loading the scheduler does not set it
         tokens, seconds = extra["tokens"], extra["seconds"]
     log = MetricsLog(directory / "metrics.jsonl", after_step=done)
     trackers = Trackers(phase, directory)
@@ -99,7 +101,7 @@ def train(
     loss_value = log.last_loss
     model.train()
     if phase.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        enable_checkpointing(model)
 
     def save(step: int) -> None:
         extra = {"scheduler": scheduler.state_dict(), "tokens": tokens, "seconds": seconds + time.monotonic() - started}
@@ -160,6 +162,14 @@ def train(
     trackers.close()
     model.eval()
     return TrainResult(schedule.steps, tokens, seconds + time.monotonic() - started, loss_value)
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Recompute activations in the backward pass (transformers renamed the call in 5.x)."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def build_optimizer(attached: Attached, phase: Phase) -> torch.optim.Optimizer:
