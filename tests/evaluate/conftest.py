@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -35,9 +36,9 @@ def make_tokenizer(chat_template: str | None = TEMPLATE) -> Any:
     return tokenizer
 
 
-def make_model(tokenizer: Any, seed: int = 0, **changes: Any) -> Any:
+def make_model(tokenizer: Any, seed: int = 0, family: str = "Llama", **changes: Any) -> Any:
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import transformers
 
     settings: dict[str, Any] = {
         "vocab_size": len(tokenizer),
@@ -55,7 +56,19 @@ def make_model(tokenizer: Any, seed: int = 0, **changes: Any) -> Any:
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(LlamaConfig(**settings)).eval()
+        config = getattr(transformers, f"{family}TextConfig" if family == "Gemma3" else f"{family}Config")
+        return getattr(transformers, f"{family}ForCausalLM")(config(**settings)).eval()
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that opens a connection fails."""
+
+    def refuse(self: socket.socket, address: Any) -> None:
+        if self.family != socket.AF_UNIX:
+            raise AssertionError(f"a test of evaluation opens a connection to {address}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
 @pytest.fixture(scope="session")

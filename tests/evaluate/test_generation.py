@@ -47,6 +47,32 @@ def test_greedy_equals_generate(model: Any, tokenizer: Any, prompts: list[list[i
         assert reply == (theirs[:-1] if theirs[-1] in stops else theirs)
 
 
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("Mistral", {"sliding_window": 8}),
+        ("Qwen2", {}),
+        ("Qwen3", {"head_dim": 8}),
+        ("Olmo2", {}),
+        ("Gemma2", {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8}),
+        ("Gemma3", {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8}),
+    ],
+)
+def test_greedy_is_right_for_other_architectures(
+    family: str, changes: dict[str, Any], new_model: Any, tokenizer: Any, prompts: list[list[int]]
+) -> None:
+    model = new_model(tokenizer, family=family, initializer_range=0.2, **changes)
+    free = greedy(model, tokenizer, prompts, max_new_tokens=12, batch_size=6, stop_ids=set())
+    want: list[int] = []
+    with torch.no_grad():
+        for _ in range(12):
+            want.append(int(model(torch.tensor([prompts[4] + want])).logits[0, -1].argmax()))
+    assert free[4] == want, "equal to recomputing every step without a cache"
+    stops = {free[0][2], free[4][5]}
+    one, many = (greedy(model, tokenizer, prompts, max_new_tokens=12, batch_size=b, stop_ids=stops) for b in (1, 11))
+    assert one == many
+
+
 def test_greedy_equals_recomputing_every_step_without_a_cache(model: Any, tokenizer: Any) -> None:
     prompt = [7, 100, 50]
     want: list[int] = []

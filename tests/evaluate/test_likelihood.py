@@ -93,6 +93,7 @@ def test_a_window_that_the_model_cannot_read_is_an_error(model: Any, tokenizer: 
 def test_log_likelihood_counts_from_its_start(model: Any) -> None:
     whole, head, tail = log_likelihoods(model, [[1, 9, 20, 30], [1, 9, 20], [1, 9, 20, 30]], [1, 1, 3], batch_size=2)
     assert whole == pytest.approx(head + tail, rel=1e-5)
+    assert log_likelihoods(model, [[1], [1, 9, 20]], [1, 1], batch_size=1) == [0, pytest.approx(head)]
 
 
 CLOZE = [

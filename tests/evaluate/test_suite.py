@@ -62,6 +62,30 @@ def test_a_suite_measures_source_and_target_side_by_side(
     assert steps[-1] == len(suite.tasks)
 
 
+def test_a_task_file_is_found_beside_the_recipe_and_takes_the_role_it_is_given(
+    model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "q.jsonl").write_text('{"q": "the cat sat on the", "c": ["mat", "hat"], "a": 0}\n' * 3)
+    (tmp_path / "tasks" / "facts.yaml").write_text(
+        "task: facts\ndataset_path: json\ndataset_kwargs: {data_files: {test: q.jsonl}}\ntest_split: test\n"
+        "output_type: multiple_choice\ndoc_to_text: '{{q}}'\ndoc_to_choice: '{{c}}'\ndoc_to_target: '{{a}}'\n"
+        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\nmetadata: {version: 1}\n"
+    )
+    spec = {"tasks": ["tasks/facts.yaml"], "task_roles": {"tasks/facts.yaml": "target"}, "limit": 2, "replies": None}
+    (tmp_path / "en.jsonl").write_text('{"text": "the cat"}\n')
+    spec["source_datasets"] = [{"path": "en.jsonl"}]
+    suite = build(Evaluation.model_validate(spec), tokenizer, tmp_path)
+    m = evaluate_model(model, suite)[-1]
+    assert (m.task, m.metric, m.role, m.language, m.n) == ("facts", "acc", "target", "sw", 2)
+    assert m.settings["chat_template"]
+    with pytest.raises(AddlangError, match=r"facs\.yaml' does not exist\n  fix: Did you mean 'facts\.yaml'"):
+        build(Evaluation.model_validate({**spec, "tasks": ["tasks/facs.yaml"]}), tokenizer, tmp_path)
+
+
 def test_the_lab_has_no_facts_in_another_language(tokenizer: Any, recipe: Evaluation, tmp_path: Path) -> None:
     names = [t.name for t in build(recipe, tokenizer, tmp_path, target_language="ig").tasks]
     assert "lab tasks" in names

@@ -53,7 +53,8 @@ def log_likelihoods(
         raise AddlangError(f"a text of {longest} tokens exceeds the model's {limit} positions", "shorten the window")
     sums = [0.0] * len(sequences)
     # longest first: little padding, and memory runs out in the first batch or not at all
-    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
+    scorable = [i for i, sequence in enumerate(sequences) if len(sequence) > starts[i]]  # nothing to score: 0
+    order = sorted(scorable, key=lambda i: -len(sequences[i]))
     with inference(model):
         for first in range(0, len(order), batch_size):
             rows = order[first : first + batch_size]
