@@ -117,7 +117,7 @@ def split_holdout(
         passage=passage,
         seed=seed,
     )
-    train.basis = {"documents": scan.different, "duplicates": scan.units - scan.different, "held_out": len(held)}
+    train.basis = {"distinct": scan.different, "duplicates": scan.units - scan.different, "held_out": len(held)}
     key = fingerprint("split", VERSION, share, maximum, seed, near, passage, sorted(h for h, _ in chosen), exclude)
     return Split(train, held, key)
 
@@ -146,7 +146,7 @@ class TrainRows:
         return getattr(self._rows, "stats", None)
 
     def counts(self) -> dict[str, Any]:
-        """``documents`` (different ones), ``duplicates``, ``held_out``, ``passages``; ``near_duplicates`` after a pass.
+        """``distinct`` documents, ``duplicates``, ``held_out``, ``passages``; ``near_duplicates`` after a pass.
 
         :func:`addlang.data.packing.pack_texts` keeps them in ``meta["split"]``, so that a run that finds the packed
         data in the cache knows the same.
