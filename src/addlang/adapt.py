@@ -97,8 +97,8 @@ def lab_calibration() -> str:
     from addlang.data.prepare import cache_root
     from addlang.lab.world import write_dataset
 
-    path = cache_root() / "lab" / "calibration-english-500.jsonl"
+    path = cache_root() / "lab" / "calibration-english-600.jsonl"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_dataset("english", path, 500, 7)
+        write_dataset("english", path, 600, 7)
     return str(path)

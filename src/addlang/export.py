@@ -66,7 +66,7 @@ def export(source: Checkpoint, attached: Attached, plan: FreezePlan, out: Path) 
         os.replace(tmp, out / file)
     copy_small_files(source.directory, out)
     if len(source.files) > 1:
-        _write(out / "model.safetensors.index.json", (source.directory / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        write_text(out / "model.safetensors.index.json", (source.directory / "model.safetensors.index.json").read_text(encoding="utf-8"))
 
 
 def copy_small_files(source: Path, out: Path) -> None:
@@ -78,7 +78,8 @@ def copy_small_files(source: Path, out: Path) -> None:
             os.replace(tmp, out / name)
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
     tmp = path.with_name(path.name + ".tmp")
     tmp.write_text(text, encoding="utf-8")
     os.replace(tmp, path)
@@ -91,4 +92,4 @@ def _sync(path: Path) -> None:
 
 def write_json(path: Path, data: object) -> None:
     """Write JSON atomically."""
-    _write(path, json.dumps(data, ensure_ascii=False, indent=1))
+    write_text(path, json.dumps(data, ensure_ascii=False, indent=1))

@@ -45,7 +45,7 @@ def execute(recipe: Recipe, *, overwrite: bool = False, base_dir: Path | None = 
 
             source = resolve(recipe.model_name_or_path, recipe.revision)
             tokenizer = load_tokenizer(source, recipe.chat_template)
-            check_tokenizer(recipe, tokenizer)
+            check_model(recipe, source, tokenizer)
             data = [prepare_data(recipe, phase, tokenizer, device, base_dir, run) for phase in recipe.phases]
             evaluate(run, "before", source, tokenizer, data, device, base_dir)
             start = source
@@ -240,10 +240,22 @@ def check_requirements(recipe: Recipe) -> None:
             raise AddlangError(f"phase '{phase.name}': strategy '{phase.strategy.name}' needs {', '.join(sorted(unknown))}")
 
 
-def check_tokenizer(recipe: Recipe, tokenizer: Any) -> None:
-    """A chat template is needed where source-language conversations are scored."""
-    from addlang.data.chat import require_chat_template
+def check_model(recipe: Recipe, source: Path, tokenizer: Any) -> None:
+    """What the model's directory must offer: a context long enough, and a chat template where conversations are scored.
 
+    Raises:
+        AddlangError: ``sequence_length`` is longer than the model's context, or there is no chat template.
+    """
+    from addlang.data.chat import require_chat_template
+    from addlang.evaluation import context_length
+
+    longest = context_length(source)
+    for phase in recipe.phases:
+        if phase.sequence_length > longest:
+            raise AddlangError(
+                f"phase '{phase.name}': sequence_length {phase.sequence_length} is longer than the model's context of {longest} tokens",
+                f"set sequence_length to {longest} or less",
+            )
     if any("source_text" in phase.strategy.requires() for phase in recipe.phases):
         require_chat_template(tokenizer)
 

@@ -21,7 +21,7 @@ from addlang.export import write_json
 
 LANGUAGE_NAMES = {"sw": "Swahili", "hi": "Hindi"}
 TOKENS = 300 * 512
-DOCUMENTS = 6000
+DOCUMENTS = 3000
 HELDOUT = 200
 
 NOTES = (
@@ -115,10 +115,10 @@ def write_data(root: Path, grid: list[Arm]) -> None:
 
     folder = root / "data"
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = {(a.data, DOCUMENTS, 11) for a in grid} | {("english", 2000, 12)}
+    wanted = {(a.data, DOCUMENTS, 11) for a in grid} | {("english", 1000, 12)}
     for kind, n, seed in sorted(wanted):
         _once(folder / f"{kind}.jsonl", lambda p, k=kind, m=n, s=seed: write_dataset(k, p, m, s))  # type: ignore[misc]
-    _once(folder / "calibration.jsonl", lambda p: write_dataset("english", p, 500, 7))
+    _once(folder / "calibration.jsonl", lambda p: write_dataset("english", p, 600, 7))
     _once(folder / "english-heldout.jsonl", lambda p: write_heldout("en", p, HELDOUT, 13, folder))
     for kind in sorted({a.data for a in grid}):
         _once(folder / f"{kind}-heldout.jsonl", lambda p, k=kind: write_heldout(k, p, HELDOUT, 13, folder))  # type: ignore[misc]

@@ -63,6 +63,10 @@ class Strategy(BaseModel):
         """Decide what is frozen. Leaves the weights bit-identical."""
         raise TypeError(f"strategy '{self.name}' must define plan()")
 
+    def outline(self, model: nn.Module) -> FreezePlan:
+        """A plan with the right *counts* but arbitrary choices, made without data or weights (for ``addlang plan``)."""
+        return self.plan(model, PlanInputs())
+
     def attach(self, model: nn.Module, plan: FreezePlan, execution: str, *, masters: bool = True) -> Attached:
         """Realise the plan on the model, before sharding and before the optimizer is built."""
         from addlang.freeze.execution import attach_plan

@@ -37,6 +37,24 @@ class SSU(Strategy):
     def requires(self) -> frozenset[str]:
         return frozenset({"source_text"}) if self.scorer in ("wanda", "sparsegpt", "fisher") else frozenset()
 
+    def outline(self, model: nn.Module) -> FreezePlan:
+        import torch
+
+        from addlang.freeze.plan import FreezePlan, Frozen
+        from addlang.models import parameter_kinds
+
+        entries = self.outside(model, PlanInputs())
+        for name, info in parameter_kinds(model).items():
+            shape = tuple(model.get_parameter(name).shape)
+            if info.kind in ("embedding", "head"):
+                continue
+            by_row = self.granularity == "row" and len(shape) > 1
+            # elements and columns freeze the same share; the outline stays one index per column
+            count = int((shape[0] if by_row else shape[-1]) * self.ratio)
+            index = torch.arange(count)
+            entries[name] = Frozen(shape, "rows" if by_row else "columns", index) if count else Frozen(shape, "none")
+        return FreezePlan({n: entries[n] for n, _ in model.named_parameters()})
+
     def plan(self, model: nn.Module, inputs: PlanInputs) -> FreezePlan:
         from addlang.errors import AddlangError
         from addlang.freeze.plan import FreezePlan, Frozen

@@ -1,0 +1,92 @@
+"""``addlang evaluate``: measure a model, or two on the same items."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from addlang.recipe import Evaluation, Recipe
+
+
+def evaluate_models(
+    model: str,
+    *,
+    against: str | None,
+    language: str,
+    target_texts: Sequence[str],
+    source_texts: Sequence[str],
+    tasks: str,
+    limit: int | None,
+    output: Path | None,
+) -> dict[str, Any]:
+    """Measure ``model`` (and ``against``).
+
+    Returns:
+        ``results`` (flat rows), ``comparison`` (paired differences of model minus against), ``not_run``, and ``table``
+        (columns and rows for the terminal).
+    """
+    from addlang.evaluate.compare import compare
+    from addlang.export import write_text
+
+    settings = {
+        "tasks": tasks or ("lab" if model == "lab" else ""),
+        "limit": limit,
+        "source_datasets": [{"path": p, "role": "source"} for p in source_texts],
+        "target_datasets": [{"path": p} for p in target_texts],
+    }
+    # parsed through the recipe, so that mistakes are reported as everywhere else
+    placeholder = {"model_name_or_path": model, "output_dir": ".", "language": language, "datasets": [{"path": "."}], "strategy": "full"}
+    recipe = Recipe.parse({**placeholder, "evaluation": settings}, where="addlang evaluate")
+    names = [n for n in (against, model) if n is not None]
+    outcomes = {n: _measure(n, recipe.evaluation, recipe) for n in names}
+    rows = [m.row(model=n, phase="", seed=0) for n in names for m in outcomes[n].measurements]
+    comparison = compare(outcomes[against].measurements, outcomes[model].measurements) if against is not None else []
+    if output is not None:
+        write_text(output, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+    table = [[r["model"], r["task"], r["role"], r["metric"], f"{r['value']:.4f} ± {r['stderr']:.4f}" if r["stderr"] is not None else f"{r['value']:.4f}", str(r["n"])] for r in rows]
+    table += [
+        ["difference", c["task"], c["role"], c["metric"], f"{c['difference']:+.4f} [{c['low']:+.4f}, {c['high']:+.4f}]", str(c["n"])]
+        for c in comparison
+        if c["low"] is not None
+    ]
+    not_run = [{"task": t, "reason": r} for n in names[:1] for t, r in outcomes[n].not_run]
+    table += [["", row["task"], "", "not run", row["reason"], ""] for row in not_run]
+    return {
+        "results": rows,
+        "comparison": comparison,
+        "not_run": not_run,
+        "table": [["model", "task", "role", "metric", "value", "n"], table],
+    }
+
+
+def _measure(name: str, evaluation: Evaluation, recipe: Recipe) -> Any:
+    import torch
+
+    from addlang.data.prepare import cache_root, labelled_texts
+    from addlang.evaluate.suite import build_suite, cached_evaluate
+    from addlang.models import Checkpoint, load_model, load_tokenizer, resolve
+    from addlang.progress import progress
+    from addlang.run import prepare_device
+
+    directory = resolve(name)
+    device = prepare_device(recipe)
+    tokenizer = load_tokenizer(directory)
+    suite = build_suite(
+        evaluation,
+        tokenizer=tokenizer,
+        heldout_target=labelled_texts(evaluation.target_datasets),
+        source_language=recipe.source_language,
+        target_language=recipe.language,
+        sequence_length=evaluation.sequence_length or min(512, context_length(directory)),
+    )
+    model = load_model(directory, dtype=torch.float32 if device.type == "cpu" else None, device=device)
+    with progress(f"evaluating {name}", total=len(suite.tasks), unit="tasks") as bar:
+        return cached_evaluate(model, Checkpoint(directory).hash, suite, cache_root() / "evaluations", progress=bar.update)
+
+
+def context_length(directory: Path) -> int:
+    """Longest sequence that the model was made for, in tokens."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    return int(config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings") or 512)
