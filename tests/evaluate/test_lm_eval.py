@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import logging
 import random
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from addlang.errors import AddlangError
+from addlang.errors import AddlangError, AddlangWarning
 from addlang.evaluate import lm_eval as harness
 from addlang.evaluate.exact_match import Question, exact_match
+from addlang.evaluate.harness_results import items_of, warn_of_empty_replies
 from addlang.evaluate.lm_eval import run_tasks
 from addlang.evaluate.measurement import Measurement, NotMeasuredError
 from addlang.evaluate.statistics import paired_difference
@@ -114,6 +116,8 @@ def test_replies_of_a_local_task_equal_our_own(model: Any, tokenizer: Any, folde
     assert chrf.stderr is not None
     assert chrf.stderr > 0
     assert chrf.higher_is_better
+    assert [i.id for i in chrf.items] == [i.id for i in exact.items]
+    assert chrf.settings["generation"]["tiny_write"]["max_gen_toks"] == 6
     assert Measurement.from_json(exact.to_json()) == exact
 
 
@@ -172,13 +176,16 @@ def test_the_process_is_left_as_it_was(
     side, states = tokenizer.padding_side, (random.getstate(), torch.get_rng_state())
     numpy_state = np.random.get_state()[1].tolist()
     here = Path.cwd()
-    run(model, tokenizer, [str(folder / "write.yaml")])
+    steps: list[tuple[int, int]] = []
+    run(model, tokenizer, [str(folder / "write.yaml")], progress=lambda done, total: steps.append((done, total)))
+    assert steps == [(4, 7), (7, 7)]
     assert tokenizer.padding_side == side
     assert random.getstate() == states[0]
     assert torch.equal(torch.get_rng_state(), states[1])
     assert np.random.get_state()[1].tolist() == numpy_state
     assert Path.cwd() == here
-    assert capfd.readouterr().out == ""
+    assert capfd.readouterr() == ("", "")
+    assert logging.root.manager.disable == logging.NOTSET
 
 
 def test_a_missing_file_is_named_with_its_neighbour(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -233,12 +240,19 @@ def test_a_chat_template_that_is_not_there_is_no_silent_plain_prompt(model: Any,
         run(model, new_tokenizer(None), ["ifeval"], apply_chat_template=True)
 
 
+def test_replies_that_end_before_they_begin_are_warned_of() -> None:
+    samples = [{"resps": [[text]]} for text in ("", " \n", "a", "b")]
+    with pytest.warns(AddlangWarning, match="task: 2 of 4 replies are empty"):
+        warn_of_empty_replies(samples, "task")
+    warn_of_empty_replies(samples[2:], "task")
+
+
 def test_a_list_of_yes_and_no_becomes_a_share_of_its_parts() -> None:
     rest = {"filter": "none", "metrics": ["inst"], "doc_hash": "0" * 16, "target": "", "filtered_resps": ["r"]}
     samples = [{**rest, "doc_id": i, "inst": v} for i, v in enumerate([[True, False, True], [False]])]
     results = {"samples": {"t": samples}, "results": {"t": {"inst,none": 0.5}}}
-    items = harness._items(results, "t", "inst", "none", prefix=False)
+    items = items_of(results, "t", "inst", "none", "")
     assert items is not None
     assert [(i.numerator, i.denominator) for i in items] == [(2, 3), (0, 1)]
     results["results"]["t"]["inst,none"] = 1 / 3  # the mean of shares: not a ratio of sums
-    assert harness._items(results, "t", "inst", "none", prefix=False) is None
+    assert items_of(results, "t", "inst", "none", "") is None

@@ -72,12 +72,12 @@ def greedy(
     stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=model.device)
     with inference(model):
         for rows in _batches(prompts, batch_size):
-            ids, mask = _left_padded(prompts, rows, _padding_id(tokenizer), model.device)
+            ids, mask, positions = _left_padded(prompts, rows, _padding_id(tokenizer), model.device)
             position = mask.sum(1, keepdim=True)  # (B, 1): position of the next token
             output = model(
                 input_ids=ids,
                 attention_mask=mask,
-                position_ids=(mask.cumsum(1) - 1).clamp_(min=0),
+                position_ids=positions,
                 use_cache=True,
                 **extra,
             )
@@ -162,7 +162,7 @@ def sample(
         with inference(model), torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
             for rows in _batches(prompts, batch_size):
-                ids, mask = _left_padded(prompts, rows, pad, model.device)
+                ids, mask, _ = _left_padded(prompts, rows, pad, model.device)
                 output = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
                 for row, new in zip(rows, output[:, ids.shape[1] :].tolist(), strict=True):
                     end = next((i for i, token in enumerate(new) if token in stop_ids), len(new))
@@ -205,8 +205,8 @@ def _padding_id(tokenizer: Any) -> int:
 
 def _left_padded(
     prompts: Sequence[Sequence[int]], rows: Sequence[int], pad: int, device: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask, both (B, L) int64."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Token ids, attention mask and position ids, all (B, L) int64."""
     import torch
 
     width = max(len(prompts[i]) for i in rows)
@@ -216,7 +216,8 @@ def _left_padded(
         n = len(prompts[i])
         ids[row, width - n :] = torch.tensor(prompts[i], dtype=torch.long)
         mask[row, width - n :] = 1
-    return ids.to(device), mask.to(device)
+    positions = (mask.cumsum(1) - 1).clamp_(min=0)  # on the CPU: CUDA's cumsum is not deterministic
+    return ids.to(device), mask.to(device), positions.to(device)
 
 
 def _check(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:

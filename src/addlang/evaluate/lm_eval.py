@@ -1,9 +1,6 @@
 """The only module that knows EleutherAI's lm-evaluation-harness: its tasks in, measurements out.
 
-A value is kept per item wherever the harness's own aggregate is the mean of them (or, for lists of yes and no such as
-IFEval's instructions, their share), which is checked against that aggregate; other metrics (BLEU, chrF, F1 over the
-corpus) come as aggregate with the harness's bootstrap standard error. A group such as ``mmlu`` is one measurement over
-all its items (a micro average), so that it has one interval.
+What it returns is read by :mod:`addlang.evaluate.harness_results`.
 """
 
 from __future__ import annotations
@@ -14,16 +11,17 @@ import functools
 import hashlib
 import io
 import json
-import math
+import logging
 import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from addlang.errors import AddlangError, did_you_mean
 from addlang.evaluate.generation import inference
-from addlang.evaluate.measurement import Item, Measurement, NotMeasuredError, Role
+from addlang.evaluate.harness_results import measurements
+from addlang.evaluate.measurement import Measurement, NotMeasuredError, Role
 
 BOOTSTRAP = 100  # resamples of a corpus metric; the harness itself takes no more for BLEU and chrF
 
@@ -41,6 +39,7 @@ def run_tasks(
     roles: Mapping[str, Role] | None = None,
     languages: Mapping[str, str] | None = None,
     base_dir: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[Measurement]:
     """Run harness tasks on a model in memory.
 
@@ -55,6 +54,7 @@ def run_tasks(
         apply_chat_template: put prompts through the chat template, few-shot examples as earlier turns.
         roles, languages: by entry of ``tasks``; default ``source`` and ``en``.
         base_dir: directory against which relative paths in ``tasks`` are resolved; None: the working directory.
+        progress: called with the number of sequences done and of all, for each entry of ``tasks`` anew.
 
     Returns:
         A measurement for every metric (and filter of replies) of every entry of ``tasks``.
@@ -67,19 +67,20 @@ def run_tasks(
         raise NotMeasuredError("the model has no chat template", "evaluate without it, or give one with chat_template")
     require()
     from lm_eval.evaluator import evaluate
-    from lm_eval.models.huggingface import HFLM
 
     files = {name: file_of(name, base_dir) for name in tasks}
     found: list[Measurement] = []
     with _undisturbed(seed), inference(model):
         loaded = {name: _load(name, file) for name, file in files.items()}
         contents = {name: _content(loaded[name]["tasks"]) for name, file in files.items() if file is not None}
-        lm = HFLM(
+        decoding: dict[str, dict[str, Any]] = {name: {} for name in files}
+        lm = _model_class()(
             pretrained=model,
             tokenizer=copy.deepcopy(tokenizer),  # it sets padding
             batch_size=batch_size,
             softmax_dtype="float32",
         )
+        lm.on_progress = progress
         for name, file in files.items():
             members = loaded[name]
             for task in members["tasks"].values():
@@ -89,6 +90,9 @@ def run_tasks(
                 elif task.get_config("num_fewshot") is None:
                     task.set_config(key="num_fewshot", value=0)
                 task.set_fewshot_seed(seed=seed)
+                generation = task.get_config("generation_kwargs")
+                if task.OUTPUT_TYPE == "generate_until" and generation:
+                    decoding[name][task.task_name] = json.loads(json.dumps(dict(generation), default=str))
             results = evaluate(
                 lm=lm,
                 task_dict=members,
@@ -105,9 +109,11 @@ def run_tasks(
                 "seed": seed,
                 "chat_template": apply_chat_template,
             }
+            if decoding[name]:
+                settings["generation"] = decoding[name]
             if file is not None:
                 settings["content"] = contents[name]
-            found += _measurements(
+            found += measurements(
                 name if file is None else file.stem,
                 results,
                 sorted(members["tasks"]),
@@ -242,111 +248,73 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
+@functools.cache
+def _model_class() -> Any:
+    """The harness's wrapper of a transformers model, counting the sequences that it has run."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Counting(HFLM):  # type: ignore[misc]
+        on_progress: Callable[[int, int], None] | None = None
+        _done = _total = 0
+
+        def _start(self, total: int) -> None:
+            self._done, self._total = 0, total
+
+        def _count(self, rows: int) -> None:
+            self._done = min(self._done + rows, self._total)  # batches whose size is searched for count twice
+            if self.on_progress is not None and self._total:
+                self.on_progress(self._done, self._total)
+
+        def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+            self._start(len(requests))
+            return super()._loglikelihood_tokens(requests, *args, **kwargs)
+
+        def generate_until(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+            self._start(len(requests))
+            return super().generate_until(requests, *args, **kwargs)
+
+        def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
+            logits = super()._model_call(inps, *args, **kwargs)
+            self._count(len(inps))
+            return logits
+
+        def _model_generate(self, context: Any, *args: Any, **kwargs: Any) -> Any:
+            replies = super()._model_generate(context, *args, **kwargs)
+            self._count(len(context))
+            return replies
+
+    return Counting
+
+
 @contextlib.contextmanager
 def _undisturbed(seed: int) -> Iterator[None]:
-    """Seed the harness without touching the process's random states, in one process and without progress bars."""
+    """Seed the harness without touching the process's random states, in one process, without its bars and messages."""
     import numpy as np
     import torch
+    from tqdm import tqdm  # type: ignore[import-untyped]
 
     states = random.getstate(), np.random.get_state()
     multiprocessing = os.environ.get("DISABLE_MULTIPROC")
     os.environ["DISABLE_MULTIPROC"] = "1"  # a forked bootstrap can deadlock beside torch's threads
+    level, make_bar = logging.root.manager.disable, tqdm.__init__
+
+    def make_no_bar(self: Any, *args: Any, **kwargs: Any) -> None:
+        make_bar(self, *args, **{**kwargs, "disable": True})
+
+    tqdm.__init__ = make_no_bar
+    logging.disable(max(level, logging.WARNING))
     try:
-        with (
-            torch.random.fork_rng(),
-            contextlib.redirect_stderr(io.StringIO()),
-            contextlib.redirect_stdout(io.StringIO()),
-        ):
+        with torch.random.fork_rng(), contextlib.redirect_stdout(io.StringIO()):
             random.seed(seed)
             np.random.seed(seed)
             torch.manual_seed(seed)
             yield
     finally:
+        tqdm.__init__ = make_bar
+        logging.disable(level)
         random.setstate(states[0])
         np.random.set_state(states[1])
         if multiprocessing is None:
             del os.environ["DISABLE_MULTIPROC"]
         else:
             os.environ["DISABLE_MULTIPROC"] = multiprocessing
-
-
-def _measurements(
-    name: str, results: Any, members: Sequence[str], settings: dict[str, Any], *, role: Role, language: str
-) -> list[Measurement]:
-    """One measurement per metric and filter, over the items of all member tasks."""
-    keys: dict[tuple[str, str], None] = {}  # (metric, filter), ordered; only what every member has
-    for member in members:
-        own = {(m, s["filter"]): None for s in results["samples"][member] for m in s["metrics"]}
-        keys = own if not keys else {k: None for k in keys if k in own}
-    versions = sorted({str(results["versions"][m]) for m in members})
-    measured = []
-    for metric, filter in keys:
-        label = metric if filter == "none" else f"{metric} ({filter})"
-        higher = results["higher_is_better"][members[0]].get(metric)
-        common: dict[str, Any] = {
-            "task": name,
-            "version": ", ".join(versions),
-            "role": role,
-            "language": language,
-            "metric": label,
-            "higher_is_better": True if higher is None else bool(higher),
-            "settings": settings,
-        }
-        parts = [_items(results, member, metric, filter, prefix=len(members) > 1) for member in members]
-        if all(part is not None for part in parts):
-            items = tuple(item for part in parts if part is not None for item in part)
-            measured.append(Measurement(items=items, unit="share" if _is_share(items) else metric, **common))
-            continue
-        for member, part in zip(members, parts, strict=True):  # a corpus metric has no value over several corpora
-            value = float(results["results"][member][f"{metric},{filter}"])
-            spread = results["results"][member].get(f"{metric}_stderr,{filter}")
-            measured.append(
-                Measurement(
-                    **{**common, "task": name if len(members) == 1 else member},
-                    items=part or (),
-                    unit=metric,
-                    aggregate=value,
-                    aggregate_stderr=float(spread) if isinstance(spread, int | float) else None,
-                )
-            )
-    return measured
-
-
-def _items(results: Any, member: str, metric: str, filter: str, *, prefix: bool) -> tuple[Item, ...] | None:
-    """Items of one task, or None where the metric is not a ratio of sums over them."""
-    items = []
-    for sample in results["samples"][member]:
-        if sample["filter"] != filter or metric not in sample:
-            continue
-        value = sample[metric]
-        if isinstance(value, list | tuple) and value and all(isinstance(v, bool) for v in value):
-            numerator, denominator = float(sum(value)), float(len(value))
-        elif isinstance(value, bool | int | float):
-            numerator, denominator = float(value), 1.0
-        elif hasattr(value, "item") and getattr(value, "ndim", 1) == 0:  # a numpy or torch scalar
-            numerator, denominator = float(value.item()), 1.0
-        else:
-            return None
-        # the hash of the document: items with one number but other text are not the same item
-        name = f"{sample['doc_id']}-{sample['doc_hash'][:8]}"
-        items.append(Item(f"{member}/{name}" if prefix else name, numerator, denominator, detail=_detail(sample)))
-    total = sum(item.denominator for item in items)
-    value = sum(item.numerator for item in items) / total if total else math.nan
-    given = results["results"][member][f"{metric},{filter}"]
-    same = isinstance(given, int | float) and math.isclose(value, given, rel_tol=1e-9, abs_tol=1e-12)
-    return tuple(items) if same else None
-
-
-def _detail(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Reply or scores of the choices, and the right answer."""
-    replies = sample["filtered_resps"]
-    detail: dict[str, Any] = {"answer": str(sample["target"])}
-    if all(isinstance(r, str) for r in replies):
-        detail["reply"] = replies[0] if len(replies) == 1 else list(replies)
-    elif all(isinstance(r, list | tuple) and r and isinstance(r[0], int | float) for r in replies):
-        detail["scores"] = [float(r[0]) for r in replies]
-    return detail
-
-
-def _is_share(items: Sequence[Item]) -> bool:
-    return all(0 <= item.numerator <= item.denominator for item in items)

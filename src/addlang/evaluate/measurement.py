@@ -58,9 +58,10 @@ class Measurement:
         language: ISO 639 code of the text.
         metric, unit: for example ``bits_per_byte`` in ``bits/byte``, ``accuracy`` in ``share``.
         higher_is_better: direction of the metric.
-        items: may be empty only where a metric has no per-item form.
+        items: at least one; their order does not matter.
         settings: everything else that determines the value (few-shot examples, decoding, window).
-        aggregate, aggregate_stderr: value and standard error of a corpus-level metric (chrF, BLEU).
+        aggregate, aggregate_stderr: value and standard error of a corpus-level metric (chrF, BLEU); its items then only
+            name what was measured and carry the detail.
 
     Raises:
         NotMeasuredError: no items and no aggregate, or nothing that could be judged.

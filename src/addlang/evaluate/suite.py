@@ -276,10 +276,8 @@ def _add_harness(
     }
 
     def run(model: Any, tokenizer: Any, progress: Progress | None) -> Outcome:
-        roles, languages = {name: role}, {name: language}
-        return Outcome(
-            lm_eval.run_tasks(model, tokenizer, [name], **settings, roles=roles, languages=languages, base_dir=base_dir)
-        )
+        places: dict[str, Any] = {"roles": {name: role}, "languages": {name: language}, "base_dir": base_dir}
+        return Outcome(lm_eval.run_tasks(model, tokenizer, [name], **settings, **places, progress=progress))
 
     add(name, run, lm_eval.version(), settings, role, language, lm_eval.content(file) if file is not None else None)
 
