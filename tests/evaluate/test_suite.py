@@ -13,7 +13,7 @@ from addlang.evaluate import suite as module
 from addlang.evaluate.compare import compare
 from addlang.evaluate.measurement import Item, Measurement, NotMeasuredError, NotRun, Outcome
 from addlang.evaluate.suite import Suite, Task, build_suite, cached_evaluate, evaluate_model
-from addlang.recipe import Evaluation
+from addlang.recipe import Evaluation, RepliesEvaluation
 
 HELDOUT = [("a", "paka aliketi juu ya mkeka"), ("b", "panya alikimbia")]
 
@@ -105,6 +105,16 @@ def test_built_in_english_does_not_stand_in_for_another_source_language(tokenize
     suite = build(Evaluation(), tokenizer, tmp_path, source_language="fr")
     assert [name for name, _ in suite.not_run] == ["text (fr)", "replies"]
     assert [t.name for t in suite.tasks] == ["held-out text (sw)"]
+
+
+def test_without_a_recipe_english_is_measured_on_the_built_in_set(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    suite = build(Evaluation(replies=None), tokenizer, tmp_path, heldout_target=[])
+    assert suite.not_run == (("held-out text (sw)", "no held-out target text was given"),)
+    (m,) = evaluate_model(model, suite)
+    assert (m.task, m.role, m.language) == ("built-in text (en)", "source", "en")
+    assert m.n >= 50
+    prompts = module._prompts(RepliesEvaluation(limit=7), None)
+    assert len(prompts) == 7
 
 
 def test_a_fingerprint_covers_items_settings_and_tokenizer(

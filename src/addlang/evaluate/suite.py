@@ -94,7 +94,10 @@ def build_suite(
     else:
         reason = f"there is no built-in text in '{source_language}'; give some under evaluation.source_datasets"
         not_run.append(NotRun(f"text ({source_language})", reason))
-    texts.append(("held-out text", "target", target_language, heldout_target))
+    if heldout_target:
+        texts.append(("held-out text", "target", target_language, heldout_target))
+    else:
+        not_run.append(NotRun(f"held-out text ({target_language})", "no held-out target text was given"))
     for name, role, language, documents in texts:
         full = f"{name} ({language})"
         run = _measured(
