@@ -118,8 +118,7 @@ def assert_frozen_intact(plan: FreezePlan, source: dict[str, Tensor], now: dict[
         assert torch.equal(source[name][mask], now[name].to(source[name].dtype)[mask]), name
 
 
-@pytest.fixture
-def exact_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+def make_exact(patch: pytest.MonkeyPatch) -> None:
     """Norms, rotary angles and the softmax of transformers are hard-wired to fp32; let them follow the model's type."""
     to, floats, softmax = Tensor.to, Tensor.float, nn.functional.softmax
 
@@ -127,15 +126,19 @@ def exact_norms(monkeypatch: pytest.MonkeyPatch) -> None:
         wanted = kw.get("dtype", args[0] if args else None)
         return self if self.dtype == torch.float64 and wanted == torch.float32 else to(self, *args, **kw)
 
-    monkeypatch.setattr(Tensor, "to", keep_double)
-    monkeypatch.setattr(Tensor, "float", lambda self: self if self.dtype == torch.float64 else floats(self))
-
     def keep_softmax(x: Tensor, *args: Any, **kw: Any) -> Tensor:
         if x.dtype == torch.float64:
             kw["dtype"] = torch.float64
         return softmax(x, *args, **kw)
 
-    monkeypatch.setattr(nn.functional, "softmax", keep_softmax)
+    patch.setattr(Tensor, "to", keep_double)
+    patch.setattr(Tensor, "float", lambda self: self if self.dtype == torch.float64 else floats(self))
+    patch.setattr(nn.functional, "softmax", keep_softmax)
+
+
+@pytest.fixture
+def exact_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_exact(monkeypatch)
 
 
 @pytest.mark.parametrize("kind", ["columns", "rows"])

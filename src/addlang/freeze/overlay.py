@@ -29,6 +29,8 @@ class Overlay(nn.Module):
 
     def _covered(self, leaf: str) -> Tensor:
         p, index, values = self._parts(leaf)
+        if isinstance(p, DTensor):  # FSDP2 looks after its shard; what a forward pass sees is never one
+            return p
         covered: Tensor = _Cover.apply(p, index, values)  # type: ignore[no-untyped-call]
         return covered
 
