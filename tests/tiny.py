@@ -22,8 +22,14 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {"tie_word_embeddings": False}),
     "qwen3": ("Qwen3", {"tie_word_embeddings": True, "head_dim": 8}),
     "olmo2": ("Olmo2", {"tie_word_embeddings": False}),
-    "gemma2": ("Gemma2", {"head_dim": 8, "tie_word_embeddings": True, "query_pre_attn_scalar": 8, "sliding_window": 64}),
-    "gemma3": ("Gemma3", {"head_dim": 8, "tie_word_embeddings": True, "query_pre_attn_scalar": 8, "sliding_window": 64}),
+    "gemma2": (
+        "Gemma2",
+        {"head_dim": 8, "tie_word_embeddings": True, "query_pre_attn_scalar": 8, "sliding_window": 64},
+    ),
+    "gemma3": (
+        "Gemma3",
+        {"head_dim": 8, "tie_word_embeddings": True, "query_pre_attn_scalar": 8, "sliding_window": 64},
+    ),
 }
 
 
@@ -38,7 +44,10 @@ def make_tokenizer() -> Any:
     raw.decoder = decoders.ByteLevel()
     special = ["<|pad|>", "<|bos|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=300,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     raw.train_from_iterator(["the cat sat on the mat and the rat ran to the other hat"] * 20, trainer)
     return PreTrainedTokenizerFast(
@@ -55,7 +64,11 @@ def make_model(architecture: str, seed: int = 0, **changes: Any) -> Any:
     family, special = ARCHITECTURES[architecture]
     config_class = getattr(transformers, f"{family}TextConfig" if family == "Gemma3" else f"{family}Config")
     tokenizer = make_tokenizer()
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     config = config_class(vocab_size=len(tokenizer), **{**SMALL, **special, **ids, **changes})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -18,7 +18,7 @@ _LAZY = {
     "Recipe": "addlang.recipe",
     "execute": "addlang.run",
 }
-__all__ = list(_LAZY)  # noqa: PLE0605
+__all__ = list(_LAZY)
 
 
 def __getattr__(name: str) -> Any:

@@ -39,7 +39,10 @@ def adapt_recipe(
         AddlangError: every problem at once.
     """
     if weights and len(weights) != len(texts):
-        raise AddlangError(f"{len(texts)} texts but {len(weights)} weights", "give --weight once per TEXT, in the same order, or not at all")
+        raise AddlangError(
+            f"{len(texts)} texts but {len(weights)} weights",
+            "give --weight once per TEXT, in the same order, or not at all",
+        )
     left = 1.0 - (replay_share if replay else 0.0)
     total = sum(weights)
     datasets: list[dict[str, Any]] = [{"path": t} for t in texts]
@@ -47,7 +50,9 @@ def adapt_recipe(
         spec["weight"] = left * weight / total
     if replay is not None:
         if not 0 < replay_share < 1:
-            raise AddlangError(f"--replay_share {replay_share} is no share", "give a number between 0 and 1, such as 0.1")
+            raise AddlangError(
+                f"--replay_share {replay_share} is no share", "give a number between 0 and 1, such as 0.1"
+            )
         datasets.append({"path": replay, "role": "replay", "weight": replay_share})
     data: dict[str, Any] = {
         "model_name_or_path": model, "language": language, "output_dir": output_dir, "seed": seed,
@@ -89,7 +94,9 @@ def _place(data: dict[str, Any], key: str, value: Any, strategy: str) -> None:
     else:
         known = {*Recipe.model_fields, *Phase.model_fields, *Evaluation.model_fields, *options} - {"phases", "name"}
         alias = ALIASES.get(key)
-        raise AddlangError(f"unknown option --{key}", f"addlang calls it '{alias}'" if alias else did_you_mean(key, known))
+        raise AddlangError(
+            f"unknown option --{key}", f"addlang calls it '{alias}'" if alias else did_you_mean(key, known)
+        )
 
 
 def lab_calibration() -> str:

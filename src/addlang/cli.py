@@ -21,7 +21,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-lab_app = typer.Typer(help="The embedded lab: a tiny real experiment, with no download. Without a subcommand it runs.", add_completion=False)
+lab_app = typer.Typer(
+    help="The embedded lab: a tiny real experiment, with no download. Without a subcommand it runs.",
+    add_completion=False,
+)
 app.add_typer(lab_app, name="lab")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
@@ -45,16 +48,29 @@ def quiet(as_json: bool) -> None:
 def adapt(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="Hub id, local directory, or 'lab'.")],
-    text: Annotated[list[str], typer.Argument(help="Raw target text: jsonl, json, csv, parquet, txt (.gz, .zst), directory or hub id.")],
+    text: Annotated[
+        list[str],
+        typer.Argument(help="Raw target text: jsonl, json, csv, parquet, txt (.gz, .zst), directory or hub id."),
+    ],
     language: Annotated[str, typer.Option(help="Target language, ISO 639 code such as ig.")],
     output_dir: OutputDir,
-    strategy: Annotated[str, typer.Option(help="How the source language is protected; see 'addlang strategies'.")] = "ssu",
-    tokens: Annotated[str | None, typer.Option(help="Training budget, for example 200M. Default: one pass over the text.")] = None,
+    strategy: Annotated[
+        str, typer.Option(help="How the source language is protected; see 'addlang strategies'.")
+    ] = "ssu",
+    tokens: Annotated[
+        str | None, typer.Option(help="Training budget, for example 200M. Default: one pass over the text.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
-    weight: Annotated[list[float] | None, typer.Option(help="Share of the training tokens, once per TEXT, in order.")] = None,
+    weight: Annotated[
+        list[float] | None, typer.Option(help="Share of the training tokens, once per TEXT, in order.")
+    ] = None,
     replay: Annotated[str | None, typer.Option(help="Source-language data mixed in.")] = None,
-    replay_share: Annotated[float, typer.Option("--replay_share", "--replay-share", help="Its share of the training tokens.")] = 0.1,
-    calibration: Annotated[str | None, typer.Option(help="Source-language chat data for scoring. Default: a built-in English set.")] = None,
+    replay_share: Annotated[
+        float, typer.Option("--replay_share", "--replay-share", help="Its share of the training tokens.")
+    ] = 0.1,
+    calibration: Annotated[
+        str | None, typer.Option(help="Source-language chat data for scoring. Default: a built-in English set.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -119,7 +135,7 @@ def show_run(path: Path, as_json: bool) -> None:
                 "output_dir": str(path),
                 "verdict": verdict(path),
                 "comparison": json.loads(comparison.read_text(encoding="utf-8")) if comparison.is_file() else [],
-                "proof": {k: v for k, v in proof_summary(path).items()},
+                "proof": proof_summary(path),
                 "report": str(path / "report.html"),
             }
         )
@@ -190,7 +206,9 @@ def parse_value(text: str) -> Any:
 
 
 @app.command(context_settings=EXTRA)
-def plan(context: typer.Context, recipe: Annotated[Path, typer.Argument(help="YAML recipe.")], as_json: Json = False) -> None:
+def plan(
+    context: typer.Context, recipe: Annotated[Path, typer.Argument(help="YAML recipe.")], as_json: Json = False
+) -> None:
     """Before a run: what RECIPE will train and freeze, its steps and tokens, its memory. Trains nothing."""
     from addlang.planning import plan_run, show_plan
     from addlang.recipe import Recipe
@@ -209,11 +227,16 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="Hub id, local directory, run directory, or 'lab'.")],
     language: Annotated[str, typer.Option(help="Target language, ISO 639 code.")],
     text: Annotated[list[str] | None, typer.Option(help="Held-out target text for bits per byte.")] = None,
-    source_text: Annotated[list[str] | None, typer.Option("--source_text", "--source-text", help="Held-out source text. Default: built-in English.")] = None,
+    source_text: Annotated[
+        list[str] | None,
+        typer.Option("--source_text", "--source-text", help="Held-out source text. Default: built-in English."),
+    ] = None,
     tasks: Annotated[str, typer.Option(help="Comma-separated: 'lab', lm-eval tasks, task YAML files.")] = "",
     limit: Annotated[int | None, typer.Option(help="Items per task.")] = None,
     output: Annotated[Path | None, typer.Option(help="Write result rows (JSONL) here.")] = None,
-    against: Annotated[str | None, typer.Option(help="Another model: report paired differences MODEL minus AGAINST.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Another model: report paired differences MODEL minus AGAINST.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure a model: source kept, target known, language of its replies."""
@@ -221,7 +244,14 @@ def evaluate(
 
     quiet(as_json)
     result = evaluate_models(
-        model, against=against, language=language, target_texts=text or [], source_texts=source_text or [], tasks=tasks, limit=limit, output=output
+        model,
+        against=against,
+        language=language,
+        target_texts=text or [],
+        source_texts=source_text or [],
+        tasks=tasks,
+        limit=limit,
+        output=output,
     )
     if as_json:
         emit(result)
@@ -234,8 +264,8 @@ def evaluate(
 @app.command()
 def report(run_dir: Annotated[Path, typer.Argument(help="A run's output directory.")], as_json: Json = False) -> None:
     """Write report.html and the model card of a run again, from its files."""
-    from addlang.rundir import read_state
     from addlang.run import write_reports
+    from addlang.rundir import read_state
 
     read_state(run_dir)
     write_reports(run_dir)
@@ -259,7 +289,10 @@ def verify(
     else:
         for p in proof["phases"]:
             share = p["trainable_moved"] / p["trainable_elements"] if p["trainable_elements"] else 0.0
-            print(f"phase {p['phase']}: {p['frozen_changed']:,} of {p['frozen_elements']:,} frozen elements differ; ", end="")
+            print(
+                f"phase {p['phase']}: {p['frozen_changed']:,} of {p['frozen_elements']:,} frozen elements differ; ",
+                end="",
+            )
             print(f"{p['trainable_moved']:,} of {p['trainable_elements']:,} trainable ones moved ({share:.1%})")
     if not proof["ok"]:
         names = [t["name"] for p in proof["phases"] for t in p["tensors"] if t["frozen_changed"]]
@@ -298,7 +331,9 @@ def doctor(as_json: Json = False) -> None:
 def lab(
     context: typer.Context,
     output_dir: OutputDir = "lab-out",
-    full: Annotated[bool, typer.Option("--full", help="More seeds, learning rates and both languages (about an hour).")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="More seeds, learning rates and both languages (about an hour).")
+    ] = False,
     jobs: Annotated[int | None, typer.Option(help="Runs at a time. Default: the number of cores.")] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -370,7 +405,11 @@ def main() -> None:
         if error.errno not in MENDABLE:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        _fail(f"{error.strerror or error}{where}\n  fix: free space or fix the permissions, then run the same command again: it continues", 1, as_json)
+        _fail(
+            f"{error.strerror or error}{where}\n  fix: free space or fix the permissions, then run the same command again: it continues",
+            1,
+            as_json,
+        )
     except KeyboardInterrupt:
         _fail("interrupted; run the same command again to continue", 130, as_json)
 

@@ -36,7 +36,9 @@ def examine() -> dict[str, Any]:
 
         for i in range(torch.cuda.device_count()):
             p = torch.cuda.get_device_properties(i)
-            devices.append({"name": p.name, "memory_gib": round(p.total_memory / 2**30, 1), "bf16": torch.cuda.is_bf16_supported()})
+            devices.append(
+                {"name": p.name, "memory_gib": round(p.total_memory / 2**30, 1), "bf16": torch.cuda.is_bf16_supported()}
+            )
         if not devices and shutil.which("nvidia-smi"):
             problems.append("there is an NVIDIA driver but torch sees no CUDA device: install a CUDA build of torch")
     cache = cache_root()
@@ -54,7 +56,11 @@ def examine() -> dict[str, Any]:
         "optional": {name: importlib.util.find_spec(name) is not None for name in OPTIONAL},
         "cpu_threads": os.cpu_count(),
         "gpus": devices,
-        "cache": {"path": str(cache), "writable": writable, "free_gib": round(shutil.disk_usage(probe).free / 2**30, 1)},
+        "cache": {
+            "path": str(cache),
+            "writable": writable,
+            "free_gib": round(shutil.disk_usage(probe).free / 2**30, 1),
+        },
         "hub": hub_state(),
     }
 
@@ -90,7 +96,9 @@ def show(result: dict[str, Any]) -> None:
     if not result["gpus"]:
         print("gpu           none: training runs on the CPU in fp32")
     cache = result["cache"]
-    print(f"cache         {cache['path']} ({cache['free_gib']} GiB free{'' if cache['writable'] else ', NOT WRITABLE'})")
+    print(
+        f"cache         {cache['path']} ({cache['free_gib']} GiB free{'' if cache['writable'] else ', NOT WRITABLE'})"
+    )
     print(f"hub           {result['hub']}")
     for problem in result["problems"]:
         print(f"problem: {problem}")

@@ -37,7 +37,13 @@ def evaluate_models(
         "target_datasets": [{"path": p} for p in target_texts],
     }
     # parsed through the recipe, so that mistakes are reported as everywhere else
-    placeholder = {"model_name_or_path": model, "output_dir": ".", "language": language, "datasets": [{"path": "."}], "strategy": "full"}
+    placeholder = {
+        "model_name_or_path": model,
+        "output_dir": ".",
+        "language": language,
+        "datasets": [{"path": "."}],
+        "strategy": "full",
+    }
     recipe = Recipe.parse({**placeholder, "evaluation": settings}, where="addlang evaluate")
     names = [n for n in (against, model) if n is not None]
     outcomes = {n: _measure(n, recipe.evaluation, recipe) for n in names}
@@ -45,9 +51,26 @@ def evaluate_models(
     comparison = compare(outcomes[against].measurements, outcomes[model].measurements) if against is not None else []
     if output is not None:
         write_text(output, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
-    table = [[r["model"], r["task"], r["role"], r["metric"], f"{r['value']:.4f} ± {r['stderr']:.4f}" if r["stderr"] is not None else f"{r['value']:.4f}", str(r["n"])] for r in rows]
+    table = [
+        [
+            r["model"],
+            r["task"],
+            r["role"],
+            r["metric"],
+            f"{r['value']:.4f} ± {r['stderr']:.4f}" if r["stderr"] is not None else f"{r['value']:.4f}",
+            str(r["n"]),
+        ]
+        for r in rows
+    ]
     table += [
-        ["difference", c["task"], c["role"], c["metric"], f"{c['difference']:+.4f} [{c['low']:+.4f}, {c['high']:+.4f}]", str(c["n"])]
+        [
+            "difference",
+            c["task"],
+            c["role"],
+            c["metric"],
+            f"{c['difference']:+.4f} [{c['low']:+.4f}, {c['high']:+.4f}]",
+            str(c["n"]),
+        ]
         for c in comparison
         if c["low"] is not None
     ]
@@ -83,10 +106,14 @@ def _measure(name: str, evaluation: Evaluation, recipe: Recipe) -> Any:
     )
     model = load_model(directory, dtype=torch.float32 if device.type == "cpu" else None, device=device)
     with progress(f"evaluating {name}", total=len(suite.tasks), unit="tasks") as bar:
-        return cached_evaluate(model, Checkpoint(directory).hash, suite, cache_root() / "evaluations", progress=bar.update)
+        return cached_evaluate(
+            model, Checkpoint(directory).hash, suite, cache_root() / "evaluations", progress=bar.update
+        )
 
 
 def context_length(directory: Path) -> int:
     """Longest sequence that the model was made for, in tokens."""
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    return int(config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings") or 512)
+    return int(
+        config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings") or 512
+    )

@@ -55,9 +55,13 @@ def export(source: Checkpoint, attached: Attached, plan: FreezePlan, out: Path) 
             if new.shape != old.shape:
                 raise AddlangError(f"'{key}' has shape {tuple(new.shape)} after training, {tuple(old.shape)} before")
             if not bool(torch.isfinite(new).all()):
-                raise AddlangError(f"trained tensor '{key}' is NaN or infinite", "lower the learning rate; nothing was exported")
+                raise AddlangError(
+                    f"trained tensor '{key}' is NaN or infinite", "lower the learning rate; nothing was exported"
+                )
             if entry.kind == "none":
-                tensors[name] = new.contiguous().clone() if new.data_ptr() == trained[key].data_ptr() else new.contiguous()
+                tensors[name] = (
+                    new.contiguous().clone() if new.data_ptr() == trained[key].data_ptr() else new.contiguous()
+                )
             else:
                 tensors[name] = torch.where(entry.mask(), old, new)
         tmp = out / (file + ".tmp")
@@ -66,7 +70,10 @@ def export(source: Checkpoint, attached: Attached, plan: FreezePlan, out: Path) 
         os.replace(tmp, out / file)
     copy_small_files(source.directory, out)
     if len(source.files) > 1:
-        write_text(out / "model.safetensors.index.json", (source.directory / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        write_text(
+            out / "model.safetensors.index.json",
+            (source.directory / "model.safetensors.index.json").read_text(encoding="utf-8"),
+        )
 
 
 def copy_small_files(source: Path, out: Path) -> None:

@@ -19,14 +19,20 @@ from addlang.errors import AddlangError, did_you_mean
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
 ParamKind = Literal["linear", "bias", "norm", "embedding", "head"]
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "spiece.model",
 )  # fmt: skip
-SNAPSHOT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", *TOKENIZER_FILES)
+SNAPSHOT_PATTERNS = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    *TOKENIZER_FILES,
+)
 
 
 def resolve(name: str, revision: str | None = None) -> Path:
@@ -42,16 +48,25 @@ def resolve(name: str, revision: str | None = None) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise AddlangError(f"'{name}' is a directory without config.json", "give the directory of a Hugging Face checkpoint")
+            raise AddlangError(
+                f"'{name}' is a directory without config.json", "give the directory of a Hugging Face checkpoint"
+            )
         return path
     if path.is_file():
         raise AddlangError(f"'{name}' is a file, not a model directory", "give the directory that holds config.json")
     parts = name.split("/")
     if name.startswith((".", "/", "~")) or len(parts) > 2 or name.endswith((".safetensors", ".bin")):
         near = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
-        raise AddlangError(f"model directory '{name}' does not exist", did_you_mean(path.name, near) if near else "check the path")
+        raise AddlangError(
+            f"model directory '{name}' does not exist", did_you_mean(path.name, near) if near else "check the path"
+        )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(SNAPSHOT_PATTERNS)))
@@ -79,11 +94,18 @@ def load_tokenizer(directory: Path, chat_template: str | None = None) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise AddlangError(f"{directory}: no usable tokenizer ({_first_line(error)})", "put the tokenizer's files beside config.json") from error
+        raise AddlangError(
+            f"{directory}: no usable tokenizer ({_first_line(error)})", "put the tokenizer's files beside config.json"
+        ) from error
     if not tokenizer.is_fast:
-        raise AddlangError(f"{directory}: the tokenizer has no fast version (tokenizer.json)", "convert it with transformers' convert_slow_tokenizer")
+        raise AddlangError(
+            f"{directory}: the tokenizer has no fast version (tokenizer.json)",
+            "convert it with transformers' convert_slow_tokenizer",
+        )
     if tokenizer.eos_token_id is None:
-        raise AddlangError(f"{directory}: the tokenizer has no end-of-sequence token", "set eos_token in tokenizer_config.json")
+        raise AddlangError(
+            f"{directory}: the tokenizer has no end-of-sequence token", "set eos_token in tokenizer_config.json"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if chat_template is not None:
@@ -110,13 +132,19 @@ def load_model(directory: Path, *, dtype: torch.dtype | None = None, device: str
     except (OSError, ValueError, KeyError) as error:
         raise AddlangError(f"{directory}/config.json cannot be used: {_first_line(error)}") from error
     if getattr(config, "quantization_config", None):
-        raise AddlangError(f"{directory}: the checkpoint is quantised, its weights cannot be trained", "use the unquantised checkpoint")
+        raise AddlangError(
+            f"{directory}: the checkpoint is quantised, its weights cannot be trained", "use the unquantised checkpoint"
+        )
     for key in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop"):  # Table 8: 0.0
         if getattr(config, key, 0):
             setattr(config, key, 0.0)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            str(directory), config=config, dtype=dtype or checkpoint.dtype, use_safetensors=True, trust_remote_code=False
+            str(directory),
+            config=config,
+            dtype=dtype or checkpoint.dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise AddlangError(f"{directory}: the model cannot be loaded: {_first_line(error)}") from error
@@ -185,7 +213,9 @@ def embedding_names(model: Any) -> tuple[str, str, bool]:
     """Names of the input embedding's and the head's weight, and whether they are one tensor."""
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
     if inputs is None or outputs is None:
-        raise AddlangError(f"{type(model).__name__} has no input embedding or no LM head", "use a causal language model")
+        raise AddlangError(
+            f"{type(model).__name__} has no input embedding or no LM head", "use a causal language model"
+        )
     names = {id(p): n for n, p in model.named_parameters(remove_duplicate=True)}
     embedding = names[id(inputs.weight)]
     tied = outputs.weight is inputs.weight
@@ -218,7 +248,9 @@ class Checkpoint:
                     f"{self.directory} has only pickled weights ({pickles[0]}), which can run code when they are loaded",
                     "save the model with save_pretrained(..., safe_serialization=True)",
                 )
-            raise AddlangError(f"{self.directory} has no model.safetensors", "give the directory of a complete checkpoint")
+            raise AddlangError(
+                f"{self.directory} has no model.safetensors", "give the directory of a complete checkpoint"
+            )
         self.location: dict[str, str] = {}
         self.header: dict[str, tuple[str, tuple[int, ...]]] = {}
         for file in self.files:
@@ -241,7 +273,9 @@ class Checkpoint:
             count[dtype] = count.get(dtype, 0) + n
         best = max(count, key=lambda k: count[k])
         if best not in table:
-            raise AddlangError(f"{self.directory}: weights of type {best} cannot be trained", "use an unquantised checkpoint")
+            raise AddlangError(
+                f"{self.directory}: weights of type {best} cannot be trained", "use an unquantised checkpoint"
+            )
         return table[best]
 
     def names(self, file: str | None = None) -> list[str]:
@@ -299,5 +333,8 @@ def _read_header(path: Path) -> dict[str, Any]:
         raise AddlangError(f"weight file {path} is torn or no safetensors file", "copy the model again") from error
     end = max((e["data_offsets"][1] for n, e in header.items() if n != "__metadata__"), default=0)
     if path.stat().st_size != 8 + size + end:
-        raise AddlangError(f"weight file {path} is torn: {path.stat().st_size} bytes, its header says {8 + size + end}", "copy the model again")
+        raise AddlangError(
+            f"weight file {path} is torn: {path.stat().st_size} bytes, its header says {8 + size + end}",
+            "copy the model again",
+        )
     return header

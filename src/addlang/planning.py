@@ -68,14 +68,21 @@ def plan_run(recipe: Recipe, *, base_dir: Path | None = None) -> dict[str, Any]:
                 "sources": data.card["sources"],
                 "notes": data.card["notes"],
                 "memory": estimate(
-                    config, plan, phase, micro=micro, stored_bytes=stored.dtype.itemsize, compute_bytes=dtype.itemsize, masked=masked
+                    config,
+                    plan,
+                    phase,
+                    micro=micro,
+                    stored_bytes=stored.dtype.itemsize,
+                    compute_bytes=dtype.itemsize,
+                    masked=masked,
                 ),
                 "checkpoint_bytes": plan.trainable_count * 12,
             }
         )
     weights = sum(math.prod(shape) for _, shape in stored.header.values()) * stored.dtype.itemsize
     disk = weights * len(recipe.phases) + max(
-        (p["checkpoint_bytes"] * (ph.save_total_limit + 1) for p, ph in zip(phases, recipe.phases, strict=True)), default=0
+        (p["checkpoint_bytes"] * (ph.save_total_limit + 1) for p, ph in zip(phases, recipe.phases, strict=True)),
+        default=0,
     )
     return {"model": str(recipe.model_name_or_path), "device": str(device), "phases": phases, "disk_bytes": disk}
 
@@ -87,11 +94,19 @@ def show_plan(result: dict[str, Any]) -> None:
     if not result["phases"]:
         raise AddlangError("the recipe has no phases")
     for p in result["phases"]:
-        print(f"phase {p['phase']}: strategy {p['strategy']}, execution {p['execution']}" + (f" ({p['why_masked']})" if p["why_masked"] else ""))
+        print(
+            f"phase {p['phase']}: strategy {p['strategy']}, execution {p['execution']}"
+            + (f" ({p['why_masked']})" if p["why_masked"] else "")
+        )
         print(f"{p['trainable']:,} of {p['parameters']:,} parameters are trained ({p['trainable_fraction']:.1%})")
-        rows = [[g["group"], f"{g['elements']:,}", f"{g['elements'] - g['frozen']:,}", f"{g['frozen'] / g['elements']:.1%}"] for g in p["groups"]]
+        rows = [
+            [g["group"], f"{g['elements']:,}", f"{g['elements'] - g['frozen']:,}", f"{g['frozen'] / g['elements']:.1%}"]
+            for g in p["groups"]
+        ]
         render_table(["module", "elements", "trained", "frozen"], rows)
-        print(f"{p['tokens']:,} tokens in {p['steps']:,} steps of {p['batch_size']} sequences ({p['micro_batch']} at a time)")
+        print(
+            f"{p['tokens']:,} tokens in {p['steps']:,} steps of {p['batch_size']} sequences ({p['micro_batch']} at a time)"
+        )
         for s in p["sources"]:
             print(f"  {s['path']}: {s['tokens']:,} tokens, read {s['epochs']:.2f} times")
         for line in p["notes"]:

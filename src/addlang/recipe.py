@@ -85,7 +85,9 @@ class DatasetSpec(Strict):
     text_column: str = Field("text", description="column that holds raw text")
     weight: float | None = Field(None, gt=0, description="share of the training tokens; None: in proportion to size")
     role: Literal["target", "source", "replay"] = "target"
-    language: str | None = Field(None, description="ISO 639 code; default: the recipe's language, or en for source data")
+    language: str | None = Field(
+        None, description="ISO 639 code; default: the recipe's language, or en for source data"
+    )
     license: str | None = Field(None, description="licence, quoted in the model card")
     limit: Count | None = Field(None, gt=0, description="read at most this many rows")
 
@@ -103,11 +105,19 @@ class Calibration(Strict):
 class TrainSettings(Strict):
     """One phase's optimisation. Defaults: Table 8 of the SSU paper."""
 
-    tokens: Count | None = Field(None, gt=0, description="training budget; None: one pass over the target data, at most the paper's 200M")
+    tokens: Count | None = Field(
+        None, gt=0, description="training budget; None: one pass over the target data, at most the paper's 200M"
+    )
     sequence_length: int = Field(512, gt=1, description="tokens per sequence")
-    batch_size: int | None = Field(None, gt=0, description="sequences per optimizer step; None: 32, less where that leaves under 200 steps")
-    per_device_train_batch_size: int | None = Field(None, gt=0, description="sequences per forward pass; default: as many as fit")
-    gradient_accumulation_steps: int | None = Field(None, gt=0, description="default: batch_size / (per device x devices)")
+    batch_size: int | None = Field(
+        None, gt=0, description="sequences per optimizer step; None: 32, less where that leaves under 200 steps"
+    )
+    per_device_train_batch_size: int | None = Field(
+        None, gt=0, description="sequences per forward pass; default: as many as fit"
+    )
+    gradient_accumulation_steps: int | None = Field(
+        None, gt=0, description="default: batch_size / (per device x devices)"
+    )
     learning_rate: float = Field(5e-5, gt=0)
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     warmup_steps: float = Field(0.05, ge=0, description="steps, or a fraction of all steps when below 1")
@@ -117,8 +127,12 @@ class TrainSettings(Strict):
     adam_epsilon: float = Field(1e-8, gt=0)
     max_grad_norm: float = Field(1.0, ge=0, description="0: no clipping")
     optimizer: Literal["adamw"] = "adamw"
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="compute type; auto: bf16 on GPUs, fp32 on CPUs")
-    master_weights: Literal["fp32", "model"] = Field("fp32", description="type of what is trained; 'model': the checkpoint's own")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="compute type; auto: bf16 on GPUs, fp32 on CPUs"
+    )
+    master_weights: Literal["fp32", "model"] = Field(
+        "fp32", description="type of what is trained; 'model': the checkpoint's own"
+    )
     activation_checkpointing: bool = False
     isolate_documents: bool = Field(True, description="tokens do not attend across documents packed into one sequence")
     loss_on: Literal["responses", "all"] = Field("responses", description="chat data: which tokens carry loss")
@@ -145,7 +159,9 @@ class Phase(TrainSettings):
 
     name: str = Field("adapt", pattern=r"^[A-Za-z0-9_-]+$")
     datasets: tuple[DatasetSpec, ...] = Field(min_length=1)
-    strategy: Annotated[SerializeAsAny[Any], BeforeValidator(_strategy)] = Field(description="name, or mapping with name and options")
+    strategy: Annotated[SerializeAsAny[Any], BeforeValidator(_strategy)] = Field(
+        description="name, or mapping with name and options"
+    )
     execution: Literal["auto", "masked", "split"] = "auto"
     calibration: Calibration = Calibration()
     start: Literal["previous", "source"] = Field("previous", description="weights this phase starts from")
@@ -154,7 +170,9 @@ class Phase(TrainSettings):
 class RepliesEvaluation(Strict):
     """Language of free replies to English prompts, judged sentence by sentence."""
 
-    prompts: str | None = Field(None, description="file with one prompt per row ('prompt' or 'text'); None: built-in English prompts")
+    prompts: str | None = Field(
+        None, description="file with one prompt per row ('prompt' or 'text'); None: built-in English prompts"
+    )
     limit: int | None = Field(None, gt=0)
     max_new_tokens: int = Field(128, gt=0)
 
@@ -162,13 +180,25 @@ class RepliesEvaluation(Strict):
 class Evaluation(Strict):
     """What is measured before and after, on the same items."""
 
-    holdout: float = Field(0.02, gt=0, lt=0.5, description="share of target documents kept for evaluation, split off before training")
+    holdout: float = Field(
+        0.02, gt=0, lt=0.5, description="share of target documents kept for evaluation, split off before training"
+    )
     holdout_max: Count = Field(500, gt=0, description="at most this many held-out documents")
-    holdout_seed: int = Field(0, ge=0, description="which documents; not the run's seed, so that seeds share their items")
-    source_datasets: tuple[DatasetSpec, ...] = Field((), description="source-language text for bits per byte; empty: built-in English")
-    target_datasets: tuple[DatasetSpec, ...] = Field((), description="held-out target text; empty: split off the training data")
-    tasks: Annotated[tuple[str, ...], BeforeValidator(parse_list)] = Field((), description="'lab', lm-eval task names, or paths of task YAML files")
-    task_roles: Mapping[str, Literal["source", "target", "safety"]] = Field({}, description="role of a task; default: source")
+    holdout_seed: int = Field(
+        0, ge=0, description="which documents; not the run's seed, so that seeds share their items"
+    )
+    source_datasets: tuple[DatasetSpec, ...] = Field(
+        (), description="source-language text for bits per byte; empty: built-in English"
+    )
+    target_datasets: tuple[DatasetSpec, ...] = Field(
+        (), description="held-out target text; empty: split off the training data"
+    )
+    tasks: Annotated[tuple[str, ...], BeforeValidator(parse_list)] = Field(
+        (), description="'lab', lm-eval task names, or paths of task YAML files"
+    )
+    task_roles: Mapping[str, Literal["source", "target", "safety"]] = Field(
+        {}, description="role of a task; default: source"
+    )
     num_fewshot: int | None = Field(None, ge=0)
     limit: int | None = Field(None, gt=0, description="items per task")
     replies: RepliesEvaluation | None = RepliesEvaluation()
@@ -234,7 +264,9 @@ class Recipe(Strict):
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             near = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-            raise AddlangError(f"recipe '{path}' does not exist", did_you_mean(path.name, near) if near else "check the path") from None
+            raise AddlangError(
+                f"recipe '{path}' does not exist", did_you_mean(path.name, near) if near else "check the path"
+            ) from None
         except (OSError, UnicodeDecodeError) as error:
             raise AddlangError(f"recipe '{path}' cannot be read: {error}") from error
         except yaml.YAMLError as error:
@@ -258,7 +290,9 @@ class Recipe(Strict):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            raise AddlangError(f"{where}: {error.error_count()} problem(s)\n" + "\n".join(_explain(error, flat))) from None
+            raise AddlangError(
+                f"{where}: {error.error_count()} problem(s)\n" + "\n".join(_explain(error, flat))
+            ) from None
 
 
 def _set(data: dict[str, Any], key: str, value: Any) -> None:
@@ -320,6 +354,10 @@ def _explain(error: ValidationError, flat: bool) -> list[str]:
         else:
             message = e["msg"].removeprefix("Value error, ")
             given = e.get("input")
-            shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) and repr(given) not in message else ""
+            shown = (
+                f" (given: {given!r})"
+                if isinstance(given, str | int | float | bool) and repr(given) not in message
+                else ""
+            )
             lines.append(f"  {key}: {message}{shown}")
     return lines

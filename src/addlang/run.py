@@ -67,7 +67,15 @@ def execute(recipe: Recipe, *, overwrite: bool = False, base_dir: Path | None = 
     return run.path
 
 
-def adapt(run: RunDir, phase: Phase, source: Path, tokenizer: Any, data: PhaseData, device: torch.device, base_dir: Path | None) -> None:
+def adapt(
+    run: RunDir,
+    phase: Phase,
+    source: Path,
+    tokenizer: Any,
+    data: PhaseData,
+    device: torch.device,
+    base_dir: Path | None,
+) -> None:
     """Plan, attach, train, export and prove one phase."""
     if run.done(f"proof:{phase.name}"):
         return
@@ -91,13 +99,20 @@ def adapt(run: RunDir, phase: Phase, source: Path, tokenizer: Any, data: PhaseDa
     export(stored, attached, plan, directory)
     proof = prove_phase(run, phase, source)
     checkpoint.clear(directory)
-    trained = {**run.state.get("train", {}), phase.name: {"steps": result.steps, "tokens": result.tokens, "seconds": result.seconds, "loss": result.loss}}
+    trained = {
+        **run.state.get("train", {}),
+        phase.name: {"steps": result.steps, "tokens": result.tokens, "seconds": result.seconds, "loss": result.loss},
+    }
     run.finish(f"proof:{phase.name}", train=trained)
     if not proof["ok"]:
-        raise ProofError(f"{proof['frozen_changed']} frozen elements of phase '{phase.name}' changed; see {run.path / 'proof.json'}")
+        raise ProofError(
+            f"{proof['frozen_changed']} frozen elements of phase '{phase.name}' changed; see {run.path / 'proof.json'}"
+        )
 
 
-def make_plan(run: RunDir, phase: Phase, model: Any, model_hash: str, tokenizer: Any, base_dir: Path | None) -> FreezePlan:
+def make_plan(
+    run: RunDir, phase: Phase, model: Any, model_hash: str, tokenizer: Any, base_dir: Path | None
+) -> FreezePlan:
     """The phase's freeze plan: made once, saved, and loaded again on resume."""
     from addlang.data.calibration import calibration_batches
     from addlang.freeze.plan import FreezePlan
@@ -114,13 +129,21 @@ def make_plan(run: RunDir, phase: Phase, model: Any, model_hash: str, tokenizer:
             seed=run.recipe.seed,
             model_hash=model_hash,
             special_token_ids=tuple(tokenizer.all_special_ids),
-            calibration=lambda: calibration_batches(phase.calibration, tokenizer, language=run.recipe.source_language, base_dir=base_dir),
+            calibration=lambda: calibration_batches(
+                phase.calibration, tokenizer, language=run.recipe.source_language, base_dir=base_dir
+            ),
             progress=lambda done, total, _what: _advance(bar, done, total),
         )
         plan = phase.strategy.plan(model, inputs)
     plan.validate(model)
     plan.save(path)
-    about = {**plan.provenance, "execution": phase.execution, "trainable_fraction": plan.trainable_fraction, "paper": phase.strategy.paper, "summary": phase.strategy.summary}
+    about = {
+        **plan.provenance,
+        "execution": phase.execution,
+        "trainable_fraction": plan.trainable_fraction,
+        "paper": phase.strategy.paper,
+        "summary": phase.strategy.summary,
+    }
     run.finish(f"plan:{phase.name}", plan={**run.state.get("plan", {}), phase.name: about})
     return plan
 
@@ -136,7 +159,10 @@ def prove_phase(run: RunDir, phase: Phase, source: Path) -> dict[str, Any]:
     from addlang.freeze.proof import prove
     from addlang.models import Checkpoint
 
-    proof = {"phase": phase.name, **prove(Checkpoint(source), Checkpoint(run.phase_dir(phase)), FreezePlan.load(run.plan_path(phase)))}
+    proof = {
+        "phase": phase.name,
+        **prove(Checkpoint(source), Checkpoint(run.phase_dir(phase)), FreezePlan.load(run.plan_path(phase))),
+    }
     path = run.path / "proof.json"
     phases = json.loads(path.read_text(encoding="utf-8"))["phases"] if path.is_file() else []
     phases = [p for p in phases if p["phase"] != phase.name] + [proof]
@@ -144,7 +170,9 @@ def prove_phase(run: RunDir, phase: Phase, source: Path) -> dict[str, Any]:
     return proof
 
 
-def prepare_data(recipe: Recipe, phase: Phase, tokenizer: Any, device: torch.device, base_dir: Path | None, run: RunDir) -> PhaseData:
+def prepare_data(
+    recipe: Recipe, phase: Phase, tokenizer: Any, device: torch.device, base_dir: Path | None, run: RunDir
+) -> PhaseData:
     """Read, split and pack a phase's data and put its card into the state."""
     from addlang.data.prepare import prepare
     from addlang.progress import note, progress
@@ -164,7 +192,15 @@ def prepare_data(recipe: Recipe, phase: Phase, tokenizer: Any, device: torch.dev
     return data
 
 
-def evaluate(run: RunDir, label: str, directory: Path, tokenizer: Any, data: list[PhaseData], device: torch.device, base_dir: Path | None) -> None:
+def evaluate(
+    run: RunDir,
+    label: str,
+    directory: Path,
+    tokenizer: Any,
+    data: list[PhaseData],
+    device: torch.device,
+    base_dir: Path | None,
+) -> None:
     """Measure one checkpoint, as it lies on disk, and write its rows and items."""
     if run.done(f"evaluate:{label}"):
         return
@@ -237,7 +273,9 @@ def check_requirements(recipe: Recipe) -> None:
     for phase in recipe.phases:
         unknown = phase.strategy.requires() - {"source_text"}
         if unknown:
-            raise AddlangError(f"phase '{phase.name}': strategy '{phase.strategy.name}' needs {', '.join(sorted(unknown))}")
+            raise AddlangError(
+                f"phase '{phase.name}': strategy '{phase.strategy.name}' needs {', '.join(sorted(unknown))}"
+            )
 
 
 def check_model(recipe: Recipe, source: Path, tokenizer: Any) -> None:
@@ -271,7 +309,10 @@ def prepare_device(recipe: Recipe) -> torch.device:
     import torch
 
     if recipe.device == "cuda" and not torch.cuda.is_available():
-        raise AddlangError("device: cuda, but torch sees no CUDA device", "use device: auto, or install a CUDA build of torch (addlang doctor)")
+        raise AddlangError(
+            "device: cuda, but torch sees no CUDA device",
+            "use device: auto, or install a CUDA build of torch (addlang doctor)",
+        )
     device = torch.device("cuda" if recipe.device != "cpu" and torch.cuda.is_available() else "cpu")
     torch.use_deterministic_algorithms(recipe.deterministic, warn_only=True)
     return device
@@ -287,7 +328,10 @@ def describe(device: torch.device) -> str:
 
 def versions() -> dict[str, str]:
     """Versions that a result depends on."""
-    return {"python": platform.python_version(), **{p: version(p) for p in ("addlang", "torch", "transformers", "datasets", "numpy")}}
+    return {
+        "python": platform.python_version(),
+        **{p: version(p) for p in ("addlang", "torch", "transformers", "datasets", "numpy")},
+    }
 
 
 @contextlib.contextmanager

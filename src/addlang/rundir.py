@@ -47,9 +47,18 @@ class RunDir:
             run._check_ownership()
             if not (path / STATE).is_file():
                 run.write_text("recipe.yaml", yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True))
-                run.update(status="running", fingerprint=recipe.fingerprint, started=time.time(), stages={}, warnings=[], seconds=0.0)
+                run.update(
+                    status="running",
+                    fingerprint=recipe.fingerprint,
+                    started=time.time(),
+                    stages={},
+                    warnings=[],
+                    seconds=0.0,
+                )
         except PermissionError as error:
-            raise AddlangError(f"output directory '{path}' is not writable ({error.strerror})", "choose another --output_dir") from None
+            raise AddlangError(
+                f"output directory '{path}' is not writable ({error.strerror})", "choose another --output_dir"
+            ) from None
         except (NotADirectoryError, FileExistsError):
             raise AddlangError(f"output directory '{path}' is a file", "choose another --output_dir") from None
         return run
@@ -62,20 +71,30 @@ class RunDir:
 
     def _check_ownership(self) -> None:
         if not (self.path / STATE).is_file():
-            strangers = [p.name for p in self.path.iterdir() if p.name != ".lock" and not p.name.endswith(".tmp") and p.name != "recipe.yaml"]
+            strangers = [
+                p.name
+                for p in self.path.iterdir()
+                if p.name != ".lock" and not p.name.endswith(".tmp") and p.name != "recipe.yaml"
+            ]
             if strangers:
-                raise AddlangError(f"'{self.path}' is not empty and is no run of addlang (it has '{sorted(strangers)[0]}')", "choose another --output_dir")
+                raise AddlangError(
+                    f"'{self.path}' is not empty and is no run of addlang (it has '{sorted(strangers)[0]}')",
+                    "choose another --output_dir",
+                )
             return
         state = self.state
         if state.get("fingerprint") != self.recipe.fingerprint:
-            changed = ", ".join(_differences(self._stored_recipe(), self.recipe.resolved())) or "settings of another version"
+            changed = (
+                ", ".join(_differences(self._stored_recipe(), self.recipe.resolved())) or "settings of another version"
+            )
             raise AddlangError(
                 f"'{self.path}' holds a run of another recipe; different: {changed}",
                 "run the same settings to continue it, choose another --output_dir, or start again with --overwrite",
             )
         if state.get("status") == "finished":
             raise AddlangError(
-                f"'{self.path}' holds a finished run", f"see {self.path / 'report.html'}; start again with --overwrite, or choose another --output_dir"
+                f"'{self.path}' holds a finished run",
+                f"see {self.path / 'report.html'}; start again with --overwrite, or choose another --output_dir",
             )
 
     def _stored_recipe(self) -> dict[str, Any]:
@@ -91,7 +110,9 @@ class RunDir:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             handle.close()
-            raise AddlangError(f"another process is running in '{self.path}'", "wait for it, or choose another --output_dir") from None
+            raise AddlangError(
+                f"another process is running in '{self.path}'", "wait for it, or choose another --output_dir"
+            ) from None
         self._lock = handle
 
     def close(self) -> None:
@@ -169,7 +190,9 @@ def read_state(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise AddlangError(f"'{path}' is no run directory of addlang (no {STATE})", "give the --output_dir of a run") from None
+        raise AddlangError(
+            f"'{path}' is no run directory of addlang (no {STATE})", "give the --output_dir of a run"
+        ) from None
     except ValueError as error:
         raise AddlangError(f"{file} is torn ({error})", "start the run again with --overwrite") from error
     assert isinstance(data, dict)

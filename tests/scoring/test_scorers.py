@@ -116,7 +116,9 @@ def test_wanda_on_a_model_equals_a_direct_computation_without_pads(architecture:
     scores = Scores.collect(model, make_scorer("wanda"), "column", data)
     name = next(n for n in scores if n.endswith("down_proj.weight"))
     seen: list[torch.Tensor] = []
-    handle = model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(lambda _m, a: seen.append(a[0][0]))
+    handle = model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(
+        lambda _m, a: seen.append(a[0][0])
+    )
     for batch in data:
         for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
             model(input_ids=ids[: int(mask.sum())].unsqueeze(0))
@@ -147,7 +149,9 @@ def test_norms_are_scored_by_their_normalised_activation(architecture: str) -> N
     assert torch.allclose(scores[name], torch.cat(outputs).double().norm(dim=0), rtol=1e-5)
 
 
-@pytest.mark.parametrize(("architecture", "offset"), [("llama", 0.0), ("olmo2", 0.0), ("qwen3", 0.0), ("gemma2", 1.0), ("gemma3", 1.0)])
+@pytest.mark.parametrize(
+    ("architecture", "offset"), [("llama", 0.0), ("olmo2", 0.0), ("qwen3", 0.0), ("gemma2", 1.0), ("gemma3", 1.0)]
+)
 def test_gemma_norms_store_an_offset_and_others_do_not(architecture: str, offset: float) -> None:
     model = make_model(architecture)
     for name, kind in parameter_kinds(model).items():
@@ -182,7 +186,7 @@ def test_nan_activations_are_an_error_that_names_the_module() -> None:
 
 def test_a_score_that_is_missing_is_an_error() -> None:
     scores = Scores.collect(make_model("llama"), make_scorer("magnitude"), "column")
-    with pytest.raises(AddlangError, match="no score for parameter 'model.layers.0.self_attn.q_prj.weight'"):
+    with pytest.raises(AddlangError, match=r"no score for parameter 'model\.layers\.0\.self_attn\.q_prj\.weight'"):
         scores["model.layers.0.self_attn.q_prj.weight"]
 
 

@@ -56,7 +56,9 @@ def phase(**kw: Any) -> Phase:
     return Phase(**{**settings, **kw})
 
 
-def attach(strategy: str = "ssu", dtype: torch.dtype = torch.float32, architecture: str = "llama", execution: str = "masked") -> Any:
+def attach(
+    strategy: str = "ssu", dtype: torch.dtype = torch.float32, architecture: str = "llama", execution: str = "masked"
+) -> Any:
     model = make_model(architecture).to(dtype)
     s = make_strategy(strategy, {})
     plan = s.plan(model, PlanInputs(calibration=lambda: calibration()))
@@ -210,7 +212,14 @@ def test_a_small_step_is_kept_by_fp32_masters_and_lost_in_pure_bf16(tmp_path: Pa
         before = {n: p.detach().clone().float() for n, p in model.named_parameters()}
         s = make_strategy("full", {})
         attached = s.attach(model, s.plan(model, PlanInputs()), "masked", masters=masters)
-        run(tmp_path / str(masters), attached, steps=2, learning_rate=5e-5, master_weights="fp32" if masters else "model", warmup_steps=0)
+        run(
+            tmp_path / str(masters),
+            attached,
+            steps=2,
+            learning_rate=5e-5,
+            master_weights="fp32" if masters else "model",
+            warmup_steps=0,
+        )
         changed = [(n, (t.float() != before[n])) for n, t in attached.export() if "proj" in n and n.endswith("weight")]
         return float(torch.cat([c.flatten().float() for _, c in changed]).mean())
 

@@ -93,7 +93,11 @@ def prepare(
     for spec, rows in zip(phase.datasets, reads, strict=True):
         # replay and source data hold nothing out, but are deduplicated and cleaned of evaluation text all the same
         share = evaluation.holdout if hold and spec.role == "target" else 0.0
-        splits.append(split_holdout(rows, share=share, maximum=evaluation.holdout_max, seed=evaluation.holdout_seed, exclude=outside))
+        splits.append(
+            split_holdout(
+                rows, share=share, maximum=evaluation.holdout_max, seed=evaluation.holdout_seed, exclude=outside
+            )
+        )
     for number, split in enumerate(splits):
         heldout += [(f"{number}:{i}:{row.line}", row.content) for i, row in enumerate(split.heldout)]
     for number, (spec, rows) in enumerate(zip(phase.datasets, reads, strict=True)):
@@ -104,14 +108,23 @@ def prepare(
         chat = next(iter(rows)).messages is not None
         if chat:
             pack = pack_conversations(
-                train, tokenizer, sequence_length=phase.sequence_length, loss_on=phase.loss_on,
-                cache_dir=cache_root() / "packed", fingerprint_parts=[settings], progress=progress,
-            )  # fmt: skip
+                train,
+                tokenizer,
+                sequence_length=phase.sequence_length,
+                loss_on=phase.loss_on,
+                cache_dir=cache_root() / "packed",
+                fingerprint_parts=[settings],
+                progress=progress,
+            )
         else:
             pack = pack_texts(
-                train, tokenizer, sequence_length=phase.sequence_length,
-                cache_dir=cache_root() / "packed", fingerprint_parts=[settings], progress=progress,
-            )  # fmt: skip
+                train,
+                tokenizer,
+                sequence_length=phase.sequence_length,
+                cache_dir=cache_root() / "packed",
+                fingerprint_parts=[settings],
+                progress=progress,
+            )
         packed.append(pack)
         licences = dict(pack.meta.get("licences", {}))
         if spec.license:
@@ -128,7 +141,7 @@ def prepare(
                 "bytes": pack.meta["bytes"],
                 "licenses": licences,
                 **split.stats,
-            }  # fmt: skip
+            }
         )
     if hold and not heldout:
         raise AddlangError(

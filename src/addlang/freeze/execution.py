@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from addlang.errors import AddlangError, did_you_mean
 
@@ -40,5 +40,10 @@ def attach_plan(model: nn.Module, plan: FreezePlan, execution: str = "auto", *, 
         if execution == "auto":
             return Masked(model, plan, masters=masters)
         raise AddlangError(f"split execution cannot run this plan: {reason}", "use execution: masked")
-    form = {"auto": "auto", "split": "auto", "split_assemble": "assemble", "split_resident": "resident"}[execution]
-    return SplitAttached(model, plan, form=form, masters=masters)
+    forms: dict[str, Literal["auto", "assemble", "resident"]] = {
+        "auto": "auto",
+        "split": "auto",
+        "split_assemble": "assemble",
+        "split_resident": "resident",
+    }
+    return SplitAttached(model, plan, form=forms[execution], masters=masters)

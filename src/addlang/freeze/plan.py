@@ -105,7 +105,8 @@ class Frozen:
         if other.kind == "all" or self.kind == "none":
             return other
         if self.kind == other.kind and self.kind in ("columns", "rows"):
-            assert self.index is not None and other.index is not None
+            assert self.index is not None
+            assert other.index is not None
             return Frozen(self.shape, self.kind, torch.unique(torch.cat([self.index, other.index])))
         return Frozen(self.shape, "elements", self.mask() | other.mask())
 
@@ -125,7 +126,9 @@ class FreezePlan:
         try:
             return self.entries[name]
         except KeyError:
-            raise AddlangError(f"the freeze plan has no entry for parameter '{name}'", did_you_mean(name, self.entries)) from None
+            raise AddlangError(
+                f"the freeze plan has no entry for parameter '{name}'", did_you_mean(name, self.entries)
+            ) from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
@@ -171,7 +174,9 @@ class FreezePlan:
         shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
         for name, shape in shapes.items():
             if name not in self.entries:
-                raise AddlangError(f"the freeze plan has no entry for parameter '{name}'", "make the plan for this model")
+                raise AddlangError(
+                    f"the freeze plan has no entry for parameter '{name}'", "make the plan for this model"
+                )
             if self.entries[name].shape != shape:
                 raise AddlangError(
                     f"the freeze plan has shape {self.entries[name].shape} for '{name}', the model has {shape}",
@@ -179,7 +184,9 @@ class FreezePlan:
                 )
         for name in self.entries:
             if name not in shapes:
-                raise AddlangError(f"the freeze plan names '{name}', which the model does not have", did_you_mean(name, shapes))
+                raise AddlangError(
+                    f"the freeze plan names '{name}', which the model does not have", did_you_mean(name, shapes)
+                )
         if self.trainable_count == 0:
             raise AddlangError("the freeze plan leaves nothing to train", "lower the ratio or narrow the pattern")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,10 +43,12 @@ def prove(source: Checkpoint, adapted: Checkpoint, plan: FreezePlan) -> dict[str
     for name in sorted(set(source.header) ^ set(adapted.header)):
         raise AddlangError(f"tensor '{name}' is in only one of {source.directory} and {adapted.directory}")
     twins = tied_names(source, plan)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in source.names():
         if source.header[name] != adapted.header[name]:
-            raise AddlangError(f"tensor '{name}' is {source.header[name]} in the source and {adapted.header[name]} in the result")
+            raise AddlangError(
+                f"tensor '{name}' is {source.header[name]} in the source and {adapted.header[name]} in the result"
+            )
         entry = plan[twins.get(name, name)]
         differs = bits(source.get(name)) != bits(adapted.get(name))
         total = int(differs.sum())
@@ -100,9 +101,16 @@ def tied_names(source: Checkpoint, plan: FreezePlan) -> dict[str, str]:
         if name.endswith("lm_head.weight") and embeddings:
             twins[name] = embeddings[0]
         elif name.endswith("rotary_emb.inv_freq"):
-            raise AddlangError(f"the checkpoint stores a buffer, '{name}'", "save the model again with a current transformers")
+            raise AddlangError(
+                f"the checkpoint stores a buffer, '{name}'", "save the model again with a current transformers"
+            )
         else:
-            raise AddlangError(f"the checkpoint stores '{name}', which is no parameter of the model", "save the model again with save_pretrained")
+            raise AddlangError(
+                f"the checkpoint stores '{name}', which is no parameter of the model",
+                "save the model again with save_pretrained",
+            )
     if missing:
-        raise AddlangError(f"parameter '{missing[0]}' is not stored in {source.directory}", "save the model again with save_pretrained")
+        raise AddlangError(
+            f"parameter '{missing[0]}' is not stored in {source.directory}", "save the model again with save_pretrained"
+        )
     return twins

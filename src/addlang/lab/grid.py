@@ -26,8 +26,8 @@ HELDOUT = 200
 
 NOTES = (
     "The model has 0.9 million parameters and was trained on exactly the tasks it is tested on. What holds here need not hold at 7 billion.",
-    "Compare arms by the front: every arm's English against its target language. Retention at one equal learning rate flatters methods that learn less.",
-    "At this scale full fine-tuning at a lower learning rate closes most of SSU's advantage in continual pre-training; that is why it stands in the grid twice.",
+    "Compare arms by the front. Retention at one equal learning rate alone flatters methods that learn less.",
+    "At this scale a lower learning rate gives full fine-tuning most of SSU's advantage: that is why it stands in the grid twice.",
     "Wanda hardly differs from random columns here: a tiny model has no outlier features for it to find.",
     "Two-phase runs are one seed each and carry no interval.",
 )
@@ -59,19 +59,71 @@ def arms(full: bool) -> list[Arm]:
     for language in ("sw", "hi") if full else ("sw",):
         rates = (6e-4, 1.2e-3, 2e-3, 3e-3) if full else (1.2e-3, 2e-3)
         for rate in rates:
-            out.append(Arm(f"cpt-{language}", f"full-{rate:g}", f"full, lr {rate:g}", language, language, {"name": "full"}, rate, seeds=seeds))
-        for rate in (1.2e-3, 2e-3, 3e-3) if full else (2e-3,):
-            out.append(Arm(f"cpt-{language}", f"ssu-{rate:g}", f"SSU-Wanda, lr {rate:g}", language, language, ssu, rate, seeds=seeds))
-            out.append(Arm(f"cpt-{language}", f"random-{rate:g}", f"random columns, lr {rate:g}", language, language, columns, rate, seeds=seeds))
             out.append(
-                Arm(f"cpt-{language}", f"replay-{rate:g}", f"full, 10 % replay, lr {rate:g}", language, language, {"name": "full"}, rate, replay=True, seeds=seeds)
+                Arm(
+                    f"cpt-{language}",
+                    f"full-{rate:g}",
+                    f"full, lr {rate:g}",
+                    language,
+                    language,
+                    {"name": "full"},
+                    rate,
+                    seeds=seeds,
+                )
+            )
+        for rate in (1.2e-3, 2e-3, 3e-3) if full else (2e-3,):
+            out.append(
+                Arm(
+                    f"cpt-{language}",
+                    f"ssu-{rate:g}",
+                    f"SSU-Wanda, lr {rate:g}",
+                    language,
+                    language,
+                    ssu,
+                    rate,
+                    seeds=seeds,
+                )
+            )
+            out.append(
+                Arm(
+                    f"cpt-{language}",
+                    f"random-{rate:g}",
+                    f"random columns, lr {rate:g}",
+                    language,
+                    language,
+                    columns,
+                    rate,
+                    seeds=seeds,
+                )
+            )
+            out.append(
+                Arm(
+                    f"cpt-{language}",
+                    f"replay-{rate:g}",
+                    f"full, 10 % replay, lr {rate:g}",
+                    language,
+                    language,
+                    {"name": "full"},
+                    rate,
+                    replay=True,
+                    seeds=seeds,
+                )
             )
         for kind, words in ((f"similar-{language}", "similar"), ("dissimilar", "dissimilar")):
             if kind == "dissimilar" and language == "hi":
                 continue  # the dissimilar set is one set in both languages
             for strategy, label in (({"name": "full"}, "full"), (ssu, "SSU-Wanda")):
                 out.append(
-                    Arm(f"two-phase-{language}", f"{words}-{strategy['name']}", f"{words} data, {label}", language, kind, strategy, 2e-3, seeds=seeds if full else (0,))
+                    Arm(
+                        f"two-phase-{language}",
+                        f"{words}-{strategy['name']}",
+                        f"{words} data, {label}",
+                        language,
+                        kind,
+                        strategy,
+                        2e-3,
+                        seeds=seeds if full else (0,),
+                    )
                 )
     return out
 
@@ -96,7 +148,11 @@ def recipe_data(arm: Arm, seed: int, root: Path) -> dict[str, Any]:
         "learning_rate": arm.learning_rate,
         "logging_steps": 10,
         "save_steps": 100,
-        "calibration": {"datasets": [{"path": str(data / "calibration.jsonl"), "role": "source"}], "sequence_length": 128, "batch_size": 25},
+        "calibration": {
+            "datasets": [{"path": str(data / "calibration.jsonl"), "role": "source"}],
+            "sequence_length": 128,
+            "batch_size": 25,
+        },
         "evaluation": {
             "tasks": ["lab"],
             "replies": None,
@@ -132,7 +188,9 @@ def write_heldout(kind: str, path: Path, n: int, seed: int, folder: Path) -> Non
         rows: list[dict[str, Any]] = [{"text": t} for t in documents(kind, n, seed, split="eval")]
     else:
         trained = set((folder / f"{kind}.jsonl").read_text(encoding="utf-8").splitlines())
-        drawn = {json.dumps({"messages": m}, ensure_ascii=False): {"messages": m} for m in conversations(kind, 8 * n, seed)}
+        drawn = {
+            json.dumps({"messages": m}, ensure_ascii=False): {"messages": m} for m in conversations(kind, 8 * n, seed)
+        }
         rows = [row for line, row in drawn.items() if line not in trained][:n]
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
@@ -169,7 +227,10 @@ def run_lab(root: Path, *, full: bool = False, jobs: int | None = None, overwrit
         if overwrite:
             shutil.rmtree(root)
         elif there != wanted:
-            raise AddlangError(f"'{root}' holds the {there['grid']} lab", f"add {'--full' if there['grid'] == 'full' else 'no --full'}, or start again with --overwrite")
+            raise AddlangError(
+                f"'{root}' holds the {there['grid']} lab",
+                f"add {'--full' if there['grid'] == 'full' else 'no --full'}, or start again with --overwrite",
+            )
     root.mkdir(parents=True, exist_ok=True)
     write_json(marker, wanted)
     started = time.monotonic()
@@ -198,7 +259,9 @@ def _pool(todo: list[tuple[Arm, int]], root: Path, jobs: int, threads: int) -> I
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=(threads, cache)) as pool:
         # one run first: it fills the cache that all the others read
         head, tail = todo[:1], todo[1:]
-        pending: dict[Future[str], tuple[Arm, int]] = {pool.submit(_work, recipe_data(a, s, root)): (a, s) for a, s in head}
+        pending: dict[Future[str], tuple[Arm, int]] = {
+            pool.submit(_work, recipe_data(a, s, root)): (a, s) for a, s in head
+        }
         queue = list(tail)
         try:
             while pending:
@@ -226,8 +289,8 @@ def _start_worker(threads: int, cache: str) -> None:
 
 def _work(data: dict[str, Any]) -> str:
     from addlang.recipe import Recipe
-    from addlang.rundir import STATE, read_state
     from addlang.run import execute
+    from addlang.rundir import STATE, read_state
 
     recipe = Recipe.parse(data, where="lab")
     path = Path(recipe.output_dir)
@@ -271,7 +334,9 @@ def gather(path: Path, arm: Arm, seed: int) -> dict[str, Any]:
     }
 
 
-def summary(grid: list[Arm], results: dict[tuple[str, str, int], dict[str, Any]], root: Path, seconds: float) -> dict[str, Any]:
+def summary(
+    grid: list[Arm], results: dict[tuple[str, str, int], dict[str, Any]], root: Path, seconds: float
+) -> dict[str, Any]:
     """``lab.json``."""
     from addlang.run import versions
 
@@ -293,12 +358,20 @@ def summary(grid: list[Arm], results: dict[tuple[str, str, int], dict[str, Any]]
                 "baseline": first["before"],
                 "arms": [
                     {
-                        "name": a.name, "label": a.label, "strategy": a.strategy["name"], "learning_rate": a.learning_rate, "data": a.data, "note": a.note,
-                        "runs": [{k: v for k, v in r.items() if k != "before"} | {"baseline": r["before"]} for r in runs[a.name]],
+                        "name": a.name,
+                        "label": a.label,
+                        "strategy": a.strategy["name"],
+                        "learning_rate": a.learning_rate,
+                        "data": a.data,
+                        "note": a.note,
+                        "runs": [
+                            {k: v for k, v in r.items() if k != "before"} | {"baseline": r["before"]}
+                            for r in runs[a.name]
+                        ],
                     }
                     for a in members
                 ],
-            }  # fmt: skip
+            }
         )
     return {
         "language": experiments[0]["language"],

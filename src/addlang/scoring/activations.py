@@ -34,7 +34,9 @@ class InputStatistics:
         self._rows: Tensor | None = None  # [B, T] bool, None when the batch has no pads
         self._shared: tuple[Tensor, Tensor, Tensor | None] | None = None
 
-    def collect(self, model: Any, calibration: CalibrationSet, progress: Callable[[int, int, str], None] | None = None) -> None:
+    def collect(
+        self, model: Any, calibration: CalibrationSet, progress: Callable[[int, int, str], None] | None = None
+    ) -> None:
         """Run the decoder (not the head) over the set.
 
         Raises:
@@ -64,7 +66,9 @@ class InputStatistics:
             self._shared = self._rows = None
         missing = sorted(set(wanted) - set(self.squares))
         if missing:
-            raise AddlangError(f"module '{missing[0]}' was never called while scoring", "this architecture is not supported")
+            raise AddlangError(
+                f"module '{missing[0]}' was never called while scoring", "this architecture is not supported"
+            )
         for name, s in self.squares.items():
             if not bool(torch.isfinite(s).all()):
                 raise AddlangError(
@@ -106,14 +110,17 @@ def sum_of_squares(x: Tensor, rows: Tensor | None) -> Tensor:
     if rows is not None:
         x = real_tokens(x, rows)
     # one fused pass; x.float().square() would write two temporaries as large as the activation
-    return torch.linalg.vector_norm(x.reshape(-1, x.shape[-1]), dim=0, dtype=torch.promote_types(x.dtype, torch.float32)).square()
+    return torch.linalg.vector_norm(
+        x.reshape(-1, x.shape[-1]), dim=0, dtype=torch.promote_types(x.dtype, torch.float32)
+    ).square()
 
 
 def real_tokens(x: Tensor, rows: Tensor) -> Tensor:
     """Drop pads: [n, ..., features]."""
     if x.shape[:2] == rows.shape:
         return x[rows]
-    assert x.dim() == 4 and x.shape[2] == rows.shape[1], f"unexpected activation shape {tuple(x.shape)}"
+    assert x.dim() == 4, f"unexpected activation shape {tuple(x.shape)}"
+    assert x.shape[2] == rows.shape[1], f"unexpected activation shape {tuple(x.shape)}"
     return x.transpose(1, 2)[rows]  # per-head norms after the heads moved to dimension 1
 
 

@@ -43,11 +43,15 @@ class Scorer(ABC):
 
     def __init__(self, *, seed: int = 0, reference_code: bool = False) -> None:
         if reference_code and not self.has_reference_code:
-            raise AddlangError(f"scorer '{self.name}' has no reference_code variant", "remove reference_code, or use scorer: wanda")
+            raise AddlangError(
+                f"scorer '{self.name}' has no reference_code variant", "remove reference_code, or use scorer: wanda"
+            )
         self.seed = seed
         self.reference_code = reference_code
 
-    def collect(self, model: nn.Module, calibration: CalibrationSet | None, granularity: Granularity, progress: Progress | None) -> None:
+    def collect(  # noqa: B027 - a scorer without statistics has nothing to collect
+        self, model: nn.Module, calibration: CalibrationSet | None, granularity: Granularity, progress: Progress | None
+    ) -> None:
         """Stream the calibration set through the model and keep what :meth:`score` needs. Weights stay untouched."""
 
     @abstractmethod
@@ -93,7 +97,9 @@ class Scores:
                 f"use granularity: {' or '.join(scorer.granularities)}",
             )
         if scorer.needs_calibration and calibration is None:
-            raise AddlangError(f"scorer '{scorer.name}' needs calibration data", "give calibration datasets, or use scorer: magnitude")
+            raise AddlangError(
+                f"scorer '{scorer.name}' needs calibration data", "give calibration datasets, or use scorer: magnitude"
+            )
         scorer.collect(model, calibration, granularity, progress)
         return cls(model, scorer, granularity)
 
@@ -110,7 +116,9 @@ class Scores:
             weight = weight + norm_offset(self._modules[info.module])
         score = self._scorer.score(name, weight, info, self.granularity)
         one_d = weight.dim() == 1
-        want = {"column": weight.shape[-1:], "row": weight.shape[:1], "element": weight.shape}["element" if one_d else self.granularity]
+        want = {"column": weight.shape[-1:], "row": weight.shape[:1], "element": weight.shape}[
+            "element" if one_d else self.granularity
+        ]
         assert score.shape == want, f"{self._scorer.name} gave {tuple(score.shape)} for {name}, expected {tuple(want)}"
         if not bool(torch.isfinite(score).all()):
             raise AddlangError(
@@ -145,7 +153,10 @@ def norm_offset(module: nn.Module) -> float:
         return 0.0
     if abs(ratio - 3 / 5) < 0.03:
         return 1.0
-    raise AddlangError(f"{type(module).__name__} multiplies neither by its weight nor by 1 + weight", "this architecture is not supported")
+    raise AddlangError(
+        f"{type(module).__name__} multiplies neither by its weight nor by 1 + weight",
+        "this architecture is not supported",
+    )
 
 
 def make_scorer(name: str, *, seed: int = 0, reference_code: bool = False) -> Scorer:

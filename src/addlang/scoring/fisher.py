@@ -27,7 +27,9 @@ class Fisher(Scorer):
 
     name = "fisher"
 
-    def collect(self, model: Any, calibration: CalibrationSet | None, granularity: Granularity, progress: Progress | None) -> None:
+    def collect(
+        self, model: Any, calibration: CalibrationSet | None, granularity: Granularity, progress: Progress | None
+    ) -> None:
         assert calibration is not None
         self.granularity = granularity
         self.sums: dict[str, Tensor] = {}
@@ -37,7 +39,9 @@ class Fisher(Scorer):
         grad_flags = [(p, p.requires_grad) for p in model.parameters()]
         handles = [modules[n].register_forward_hook(self._hook(n, kind == "norm")) for n, kind in wanted.items()]
         # no parameter needs a gradient of its own: the graph hangs on the embedding's output
-        handles.append(model.get_input_embeddings().register_forward_hook(lambda _m, _a, out: out.detach().requires_grad_()))
+        handles.append(
+            model.get_input_embeddings().register_forward_hook(lambda _m, _a, out: out.detach().requires_grad_())
+        )
         device = next(model.parameters()).device
         sequences = 0
         try:
@@ -47,9 +51,14 @@ class Fisher(Scorer):
                 for batch in calibration:
                     ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
                     labels = ids.masked_fill(mask == 0, -100)[:, 1:]
-                    logits = model(input_ids=ids, attention_mask=None if bool(mask.all()) else mask, use_cache=False).logits[:, :-1]
+                    logits = model(
+                        input_ids=ids, attention_mask=None if bool(mask.all()) else mask, use_cache=False
+                    ).logits[:, :-1]
                     token = nn.functional.cross_entropy(
-                        logits.to(torch.promote_types(logits.dtype, torch.float32)).transpose(1, 2), labels, ignore_index=-100, reduction="none"
+                        logits.to(torch.promote_types(logits.dtype, torch.float32)).transpose(1, 2),
+                        labels,
+                        ignore_index=-100,
+                        reduction="none",
                     )
                     # sequences do not interact, so the gradient of the sum holds each sequence's own gradient
                     (token.sum(1) / (labels != -100).sum(1).clamp(min=1)).sum().backward()  # type: ignore[no-untyped-call]
@@ -63,7 +72,9 @@ class Fisher(Scorer):
                 p.requires_grad_(flag)
         missing = sorted(n for n in wanted if f"{n}.weight" not in self.sums)
         if missing:
-            raise AddlangError(f"no gradient reached module '{missing[0]}' while scoring", "this architecture is not supported")
+            raise AddlangError(
+                f"no gradient reached module '{missing[0]}' while scoring", "this architecture is not supported"
+            )
         self.sequences = sequences
 
     def _hook(self, name: str, is_norm: bool) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:

@@ -23,7 +23,9 @@ class SparseGPT(Scorer):
     name = "sparsegpt"
     granularities = ("column", "element")
 
-    def collect(self, model: nn.Module, calibration: CalibrationSet | None, granularity: Granularity, progress: Progress | None) -> None:
+    def collect(
+        self, model: nn.Module, calibration: CalibrationSet | None, granularity: Granularity, progress: Progress | None
+    ) -> None:
         assert calibration is not None
         self.statistics = InputStatistics()
         self.statistics.collect(model, calibration, progress)

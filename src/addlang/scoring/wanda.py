@@ -26,7 +26,9 @@ class Wanda(Scorer):
     name = "wanda"
     has_reference_code = True
 
-    def collect(self, model: nn.Module, calibration: CalibrationSet | None, granularity: Granularity, progress: Progress | None) -> None:
+    def collect(
+        self, model: nn.Module, calibration: CalibrationSet | None, granularity: Granularity, progress: Progress | None
+    ) -> None:
         assert calibration is not None
         self.statistics = InputStatistics(reference=self.reference_code)
         self.statistics.collect(model, calibration, progress)

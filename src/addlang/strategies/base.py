@@ -121,7 +121,8 @@ class Attached:
 
     def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Optimizer groups: norms and biases are not decayed, as in the Hugging Face trainer."""
-        decayed, plain = [], []
+        decayed: list[nn.Parameter] = []
+        plain: list[nn.Parameter] = []
         for _, p in self.named_trainable():
             (decayed if p.dim() >= 2 else plain).append(p)
         groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -148,7 +149,9 @@ class Attached:
         own = dict(self.named_trainable())
         if set(own) != set(state):
             odd = sorted(set(own) ^ set(state))[0]
-            raise AddlangError(f"the checkpoint does not fit this run: '{odd}' is in one only", "start again with --overwrite")
+            raise AddlangError(
+                f"the checkpoint does not fit this run: '{odd}' is in one only", "start again with --overwrite"
+            )
         with torch.no_grad():
             for n, p in own.items():
                 p.copy_(state[n])
@@ -177,7 +180,12 @@ def load_strategy(name: str) -> type[Strategy]:
         raise AddlangError(f"unknown strategy '{name}'", did_you_mean(str(name), available()))
     module = importlib.import_module(f"addlang.strategies.{key}")
     for value in vars(module).values():
-        if isinstance(value, type) and issubclass(value, Strategy) and value.__module__ == module.__name__ and value.name == key:
+        if (
+            isinstance(value, type)
+            and issubclass(value, Strategy)
+            and value.__module__ == module.__name__
+            and value.name == key
+        ):
             return value
     raise TypeError(f"addlang/strategies/{key}.py defines no Strategy with name '{key}'")
 
@@ -198,5 +206,7 @@ def make_strategy(name: str, options: Mapping[str, Any]) -> Strategy:
             if e["type"] == "extra_forbidden":
                 lines.append(f"strategy '{name}': unknown option '{key}'. {did_you_mean(key, cls.model_fields)}")
             else:
-                lines.append(f"strategy '{name}', option '{key}': {e['msg'].removeprefix('Value error, ')} (given: {e.get('input')!r})")
+                lines.append(
+                    f"strategy '{name}', option '{key}': {e['msg'].removeprefix('Value error, ')} (given: {e.get('input')!r})"
+                )
         raise AddlangError("; ".join(lines)) from None

@@ -21,15 +21,24 @@ class SSU(Strategy):
     paper = "Mitigating Catastrophic Forgetting in Target Language Adaptation of LLMs via Source-Shielded Updates"
     summary = "freeze the input features (columns) that score highest on source-language data, train the rest"
 
-    scorer: Literal["wanda", "magnitude", "random", "sparsegpt", "fisher"] = Field("wanda", description="importance measure (Table 4)")
-    ratio: float = Field(0.5, ge=0, le=0.95, description="share of every tensor that is frozen; >= 0.6 source first, <= 0.4 target first (Figure 2)")
+    scorer: Literal["wanda", "magnitude", "random", "sparsegpt", "fisher"] = Field(
+        "wanda", description="importance measure (Table 4)"
+    )
+    ratio: float = Field(
+        0.5,
+        ge=0,
+        le=0.95,
+        description="share of every tensor that is frozen; >= 0.6 source first, <= 0.4 target first (Figure 2)",
+    )
     granularity: Literal["column", "row", "element"] = Field("column", description="unit of freezing (Table 3)")
     reference_code: bool = Field(False, description="score as the paper's public code does, not as the paper says")
 
     @model_validator(mode="after")
     def _defined(self) -> SSU:
         if self.scorer == "sparsegpt" and self.granularity == "row":
-            raise ValueError("scorer sparsegpt with granularity row is undefined: all rows share their inputs; use column or element")
+            raise ValueError(
+                "scorer sparsegpt with granularity row is undefined: all rows share their inputs; use column or element"
+            )
         if self.reference_code and self.scorer != "wanda":
             raise ValueError(f"reference_code is defined for scorer wanda only, not for {self.scorer}")
         return self
@@ -63,7 +72,9 @@ class SSU(Strategy):
         calibration = None
         if self.requires():
             if inputs.calibration is None:
-                raise AddlangError(f"strategy '{self.name}' with scorer '{self.scorer}' needs source-language calibration data")
+                raise AddlangError(
+                    f"strategy '{self.name}' with scorer '{self.scorer}' needs source-language calibration data"
+                )
             calibration = inputs.calibration()
         scorer = make_scorer(self.scorer, seed=inputs.seed, reference_code=self.reference_code)
         scores = Scores.collect(model, scorer, self.granularity, calibration, inputs.progress)
@@ -81,7 +92,9 @@ class SSU(Strategy):
                 mask[chosen] = True
                 entries[name] = Frozen(shape, "elements", mask.view(shape))
             else:
-                entries[name] = Frozen(shape, "rows" if self.granularity == "row" and len(shape) > 1 else "columns", chosen)
+                entries[name] = Frozen(
+                    shape, "rows" if self.granularity == "row" and len(shape) > 1 else "columns", chosen
+                )
         ordered = {n: entries[n] for n, _ in model.named_parameters()}
         provenance = {
             "strategy": self.name,

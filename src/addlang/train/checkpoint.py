@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 FILES = ("trained.safetensors", "optimizer.safetensors", "random.safetensors")
 
 
-def save(directory: Path, step: int, attached: Attached, optimizer: torch.optim.Optimizer, extra: dict[str, Any], keep: int) -> Path:
+def save(
+    directory: Path, step: int, attached: Attached, optimizer: torch.optim.Optimizer, extra: dict[str, Any], keep: int
+) -> Path:
     """Write ``checkpoint-<step>`` and remove all but the newest ``keep``.
 
     Args:
@@ -117,7 +119,10 @@ def _restore_optimizer(attached: Attached, optimizer: torch.optim.Optimizer, ten
         # the step counter stays where the fused optimizer made it; moments go to the parameter
         optimizer.state[p] = {k: v.to(p.device) if (v.shape == p.shape or p.is_cuda) else v for k, v in state.items()}
     if by_name:
-        raise AddlangError(f"the checkpoint has optimizer state for '{sorted(by_name)[0]}', which is not trained here", "start again with --overwrite")
+        raise AddlangError(
+            f"the checkpoint has optimizer state for '{sorted(by_name)[0]}', which is not trained here",
+            "start again with --overwrite",
+        )
 
 
 def random_state() -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """The one training loop. The order of a step is what addlang exists for, so it stands here in full.
 
-    forward, backward (accumulated; the loss is normalised by the tokens of the whole step)
-    -> attached.before_clip -> clip -> optimizer step (decay touches only what is trained) -> attached.after_step
+forward, backward (accumulated; the loss is normalised by the tokens of the whole step)
+-> attached.before_clip -> clip -> optimizer step (decay touches only what is trained) -> attached.after_step
 """
 
 from __future__ import annotations
@@ -130,10 +130,14 @@ def train(
             loss_value = float(step_loss)
             if not math.isfinite(loss_value) or not math.isfinite(float(norm)):
                 rows = data.describe_rows(first, schedule.batch)
-                (directory / "bad_batch.json").write_text(json.dumps({"step": step, "rows": rows}, ensure_ascii=False, indent=1), encoding="utf-8")
+                (directory / "bad_batch.json").write_text(
+                    json.dumps({"step": step, "rows": rows}, ensure_ascii=False, indent=1), encoding="utf-8"
+                )
+                what = "gradient" if math.isfinite(loss_value) else "loss"
                 raise AddlangError(
-                    f"the {'loss' if not math.isfinite(loss_value) else 'gradient'} became NaN or infinite at step {step} of phase '{phase.name}'",
-                    f"look at the batch's rows in {directory / 'bad_batch.json'}; lower learning_rate ({phase.learning_rate:g}) or use precision: fp32",
+                    f"the {what} became NaN or infinite at step {step} of phase '{phase.name}'",
+                    f"look at the batch's rows in {directory / 'bad_batch.json'}; "
+                    f"lower learning_rate ({phase.learning_rate:g}) or use precision: fp32",
                 )
             rate = scheduler.get_last_lr()[0]
             optimizer.step()
@@ -158,7 +162,10 @@ def train(
             if step % phase.save_steps == 0 or step == schedule.steps or stopping:
                 save(step)
             if stopping:
-                raise PreemptedError(f"stopped by SIGTERM after step {step} of {schedule.steps}; the state is saved", "run the same command again to continue")
+                raise PreemptedError(
+                    f"stopped by SIGTERM after step {step} of {schedule.steps}; the state is saved",
+                    "run the same command again to continue",
+                )
     trackers.close()
     model.eval()
     return TrainResult(schedule.steps, tokens, seconds + time.monotonic() - started, loss_value)
@@ -189,7 +196,10 @@ def build_scheduler(optimizer: torch.optim.Optimizer, phase: Phase, steps: int) 
 
     warmup = math.ceil(phase.warmup_steps * steps) if phase.warmup_steps < 1 else int(phase.warmup_steps)
     if warmup >= steps and steps > 1:
-        raise AddlangError(f"warmup_steps {warmup} leaves none of the {steps} steps of phase '{phase.name}'", "lower warmup_steps or raise tokens")
+        raise AddlangError(
+            f"warmup_steps {warmup} leaves none of the {steps} steps of phase '{phase.name}'",
+            "lower warmup_steps or raise tokens",
+        )
     return get_scheduler(phase.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
 
 
@@ -209,11 +219,16 @@ def compute_context(phase: Phase, device: torch.device) -> Any:
     return contextlib.nullcontext
 
 
-def micro_batches(arrays: dict[str, np.ndarray[Any, Any]], micro: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
+def micro_batches(
+    arrays: dict[str, np.ndarray[Any, Any]], micro: int, device: torch.device
+) -> Iterator[dict[str, Tensor]]:
     """Slices of ``micro`` sequences on the device."""
     count = len(arrays["input_ids"])
     for i in range(0, count, micro):
-        yield {k: torch.from_numpy(np.ascontiguousarray(v[i : i + micro])).to(device, non_blocking=True) for k, v in arrays.items()}
+        yield {
+            k: torch.from_numpy(np.ascontiguousarray(v[i : i + micro])).to(device, non_blocking=True)
+            for k, v in arrays.items()
+        }
 
 
 class Flag:
@@ -274,14 +289,22 @@ class Trackers:
             try:
                 from accelerate import Accelerator
 
-                self._accelerator = Accelerator(log_with=list(phase.report_to), project_dir=str(directory), cpu=not torch.cuda.is_available())
+                self._accelerator = Accelerator(
+                    log_with=list(phase.report_to), project_dir=str(directory), cpu=not torch.cuda.is_available()
+                )
                 self._accelerator.init_trackers("addlang")
             except (ImportError, ValueError) as error:
-                raise AddlangError(f"report_to {list(phase.report_to)} cannot be used: {error}", "install the tracker, for example pip install 'addlang[trackers]'") from error
+                raise AddlangError(
+                    f"report_to {list(phase.report_to)} cannot be used: {error}",
+                    "install the tracker, for example pip install 'addlang[trackers]'",
+                ) from error
 
     def log(self, row: dict[str, Any]) -> None:
         if self._accelerator is not None:
-            self._accelerator.log({k: v for k, v in row.items() if isinstance(v, int | float) and k not in ("step", "steps")}, step=row["step"])
+            self._accelerator.log(
+                {k: v for k, v in row.items() if isinstance(v, int | float) and k not in ("step", "steps")},
+                step=row["step"],
+            )
 
     def close(self) -> None:
         if self._accelerator is not None:

@@ -9,7 +9,9 @@ if TYPE_CHECKING:
     from addlang.recipe import Phase
 
 
-def estimate(config: Any, plan: FreezePlan, phase: Phase, *, micro: int, stored_bytes: int, compute_bytes: int, masked: bool) -> dict[str, int]:
+def estimate(
+    config: Any, plan: FreezePlan, phase: Phase, *, micro: int, stored_bytes: int, compute_bytes: int, masked: bool
+) -> dict[str, int]:
     """Bytes of every part of one training step.
 
     Args:

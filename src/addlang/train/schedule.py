@@ -42,7 +42,10 @@ def global_batch(phase: Phase, tokens: int) -> tuple[int, str | None]:
     batch = max(batch, micro or 1, accumulation or 1)
     if batch == PAPER_BATCH:
         return batch, None
-    return batch, f"batch_size {batch} instead of the paper's {PAPER_BATCH}: the budget of {tokens:,} tokens would leave fewer than {FEWEST_STEPS} steps"
+    return (
+        batch,
+        f"batch_size {batch} instead of the paper's {PAPER_BATCH}: the budget of {tokens:,} tokens would leave fewer than {FEWEST_STEPS} steps",
+    )
 
 
 def micro_batch(phase: Phase, batch: int, device_type: str) -> int:
