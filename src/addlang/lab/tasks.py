@@ -247,23 +247,25 @@ def _words(language: Language, rng: random.Random, low: int = 2, high: int = 4) 
     return rng.sample(lx.LIST_WORDS[language], rng.randint(low, high))
 
 
-def _of_words(answer: Callable[[list[str]], str], low: int = 2) -> Callable[[Language, random.Random], Content]:
+def _of_words(
+    answer: Callable[[list[str]], str], low: int = 2, high: int = 4
+) -> Callable[[Language, random.Random], Content]:
     """A task whose answer is a function of a list of words."""
 
     def content(language: Language, rng: random.Random) -> Content:
-        words = _words(language, rng, low)
+        words = _words(language, rng, low, high)
         return {"w": " ".join(words)}, answer(words), None
 
     return content
 
 
 def _sort(language: Language, rng: random.Random) -> Content:
-    numbers = rng.sample(range(100), rng.randint(2, 4))
+    numbers = rng.sample(range(21), rng.randint(2, 4))
     return {"w": " ".join(map(str, numbers))}, " ".join(map(str, sorted(numbers))), None
 
 
 def _arithmetic(language: Language, rng: random.Random) -> Content:
-    a, b = rng.randint(0, 30), rng.randint(0, 30)
+    a, b = rng.randint(0, 10), rng.randint(0, 10)
     plus, minus = _OPERATORS[language]
     if rng.random() < 0.5:
         return {"a": str(a), "o": plus, "b": str(b)}, str(a + b), None
@@ -307,7 +309,7 @@ def _exact_words(language: Language, rng: random.Random) -> Content:
 
 
 def _larger(language: Language, rng: random.Random) -> Content:
-    a, b = rng.sample(range(100), 2)
+    a, b = rng.sample(range(31), 2)
     return {"a": str(a), "b": str(b)}, str(max(a, b)), None
 
 
@@ -333,7 +335,7 @@ _CONTENT: dict[str, Callable[[Language, random.Random], Content]] = {
     "odd_one_out": _odd_one_out,
     "category": _category,
     "exact_words": _exact_words,
-    "uppercase": _of_words(lambda words: " ".join(words).upper()),
+    "uppercase": _of_words(lambda words: " ".join(words).upper(), low=1, high=2),
     "comma_list": _of_words(", ".join),
     "larger": _larger,
     "contains": _contains,
