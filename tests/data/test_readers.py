@@ -75,7 +75,9 @@ def test_byte_order_mark_is_dropped(tmp_path: Path) -> None:
 
 
 def test_corrupt_json_row_names_row_and_column(tmp_path: Path) -> None:
-    fails(write(tmp_path / "a.jsonl", '{"text": "a"}\n\n{"text": "b"\n'), "row 3", "not valid JSON", "correct or remove")
+    fails(
+        write(tmp_path / "a.jsonl", '{"text": "a"}\n\n{"text": "b"\n'), "row 3", "not valid JSON", "correct or remove"
+    )
 
 
 def test_row_that_is_no_object_is_refused(tmp_path: Path) -> None:
@@ -109,7 +111,9 @@ def test_truncated_compression_is_noticed(tmp_path: Path) -> None:
     data = os.urandom(300_000).hex().encode()
     row = b'{"text": "' + data + b'"}\n'
     fails(write(tmp_path / "a.jsonl.gz", gzip.compress(row * 3)[:-90_000]), "truncated or corrupt")
-    fails(write(tmp_path / "a.jsonl.zst", zstandard.ZstdCompressor().compress(row * 3)[:-90_000]), "truncated or corrupt")
+    fails(
+        write(tmp_path / "a.jsonl.zst", zstandard.ZstdCompressor().compress(row * 3)[:-90_000]), "truncated or corrupt"
+    )
     fails(write(tmp_path / "b.jsonl.gz", b"no gzip at all"), "truncated or corrupt")
     fails(write(tmp_path / "b.jsonl.zst", b"no zstd at all"), "truncated or corrupt")
 

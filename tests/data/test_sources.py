@@ -84,7 +84,9 @@ def test_limit_counts_rows_over_all_files(tmp_path: Path, write_jsonl: Write) ->
     assert [r.text for r in read(tmp_path, limit=2)] == ["a", "b"]
 
 
-def test_directory_reads_all_supported_files_in_order_each_in_its_own_format(tmp_path: Path, write_jsonl: Write) -> None:
+def test_directory_reads_all_supported_files_in_order_each_in_its_own_format(
+    tmp_path: Path, write_jsonl: Write
+) -> None:
     write_jsonl({"text": "b"}, name="b.jsonl")
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "sub").mkdir()

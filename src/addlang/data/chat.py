@@ -134,7 +134,8 @@ def encode_conversation(messages: Sequence[Message], tokenizer: Any, *, loss_on:
     """Tokenise a conversation with the tokenizer's chat template.
 
     If the template does not end the last assistant turn with a special token (eos or an end-of-turn token), eos is
-    added, because a model that never sees the end of an answer does not learn to stop.
+    added, because a model that never sees the end of an answer does not learn to stop. A token that begins in front of an
+    answer and reaches into it carries loss, as in transformers.
 
     Args:
         messages: ``{"role", "content"}`` each.

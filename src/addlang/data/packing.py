@@ -106,7 +106,8 @@ class Packed:
         """Sequences as arrays for a causal language model of transformers.
 
         There is no attention mask, on purpose: padding stands at the end, where a causal model cannot see it from real
-        tokens, and transformers keeps packed documents apart (by position ids that restart) only if no mask is given.
+        tokens, and transformers keeps packed documents apart (by position ids that restart) only if neither a mask nor a
+        cache is given: call the model with ``use_cache=False``.
 
         Args:
             indices: (B,) sequence numbers.

@@ -1,0 +1,132 @@
+"""The loss mask covers exactly the assistant's turns, with and without ``{% generation %}`` in the template."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from addlang.data.chat import encode_conversation, to_messages
+from addlang.errors import AddlangError
+
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "one two three"},
+    {"role": "assistant", "content": "four five"},
+    {"role": "user", "content": "the fox"},
+    {"role": "assistant", "content": "Ụlọ akwụkwọ"},
+]
+PLAIN = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# Like Qwen 3: an empty thinking block in the last answer only
+THINKING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if loop.last and m['role'] == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# No end of turn at all
+BARE = (
+    "{% for m in messages %}{{ m['role'] + ':\n' + m['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
+)
+# The end of the turn stands behind the generation block
+OUTSIDE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] }}{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+)
+
+
+def learnt(ids: list[int], loss: list[int], tokenizer: Any) -> list[str]:
+    """The texts of the runs of tokens that carry loss."""
+    runs: list[list[int]] = [[]]
+    for token, carries in zip(ids, loss, strict=True):
+        if carries:
+            runs[-1].append(token)
+        elif runs[-1]:
+            runs.append([])
+    return [tokenizer.decode(run) for run in runs if run]
+
+
+@pytest.mark.parametrize(
+    ("template", "last"),
+    [
+        (None, "Ụlọ akwụkwọ<|im_end|>"),
+        (PLAIN, "Ụlọ akwụkwọ<|im_end|>"),
+        (THINKING, "<think>\n\n</think>\n\nỤlọ akwụkwọ<|im_end|>"),
+        (OUTSIDE, "Ụlọ akwụkwọ<|im_end|>"),
+    ],
+    ids=["generation", "plain", "thinking", "end outside"],
+)
+def test_exactly_the_answers_and_their_ends_carry_loss(tokenizer: Any, template: str | None, last: str) -> None:
+    tokenizer.chat_template = template or tokenizer.chat_template
+    ids, loss = encode_conversation(TALK, tokenizer, loss_on="responses")
+    assert learnt(ids, loss, tokenizer) == ["four five<|im_end|>", last]
+    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(TALK, tokenize=False)
+
+
+def test_mask_equals_that_of_transformers(tokenizer: Any) -> None:
+    ids, loss = encode_conversation(TALK, tokenizer, loss_on="responses")
+    theirs = tokenizer.apply_chat_template(TALK, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    assert ids == theirs["input_ids"]
+    assert loss == theirs["assistant_masks"]
+
+
+def test_eos_is_added_where_the_template_ends_no_turn(tokenizer: Any) -> None:
+    tokenizer.chat_template = BARE
+    ids, loss = encode_conversation(TALK[1:3], tokenizer, loss_on="responses")
+    assert learnt(ids, loss, tokenizer) == ["four five\n<|eos|>"]
+    assert ids[-1] == tokenizer.eos_token_id
+
+
+def test_all_tokens_carry_loss_if_asked_for(tokenizer: Any) -> None:
+    ids, loss = encode_conversation(TALK, tokenizer, loss_on="all")
+    assert set(loss) == {1}
+    assert ids == encode_conversation(TALK, tokenizer, loss_on="responses")[0]
+
+
+def test_conversation_that_ends_with_the_user_gets_no_eos(tokenizer: Any) -> None:
+    ids, loss = encode_conversation(TALK[:4], tokenizer, loss_on="responses")
+    assert learnt(ids, loss, tokenizer) == ["four five<|im_end|>"]
+    assert ids[-1] != tokenizer.eos_token_id
+
+
+def test_content_that_repeats_the_prompt_is_not_confused_with_it(tokenizer: Any) -> None:
+    tokenizer.chat_template = THINKING
+    talk = [{"role": r, "content": "the fox"} for r in ("user", "assistant", "user", "assistant")]
+    ids, loss = encode_conversation(talk, tokenizer, loss_on="responses")
+    assert learnt(ids, loss, tokenizer) == ["the fox<|im_end|>", "<think>\n\n</think>\n\nthe fox<|im_end|>"]
+
+
+def test_missing_chat_template_says_how_to_give_one(tokenizer: Any) -> None:
+    tokenizer.chat_template = None
+    with pytest.raises(AddlangError, match=r"no chat template(.|\n)*chat_template: FILE"):
+        encode_conversation(TALK, tokenizer, loss_on="responses")
+
+
+def test_no_answer_means_no_loss_and_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(AddlangError, match="no assistant message"):
+        encode_conversation(TALK[:2], tokenizer, loss_on="responses")
+
+
+def test_template_that_refuses_the_conversation_says_why(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}{% generation %}{% endgeneration %}"
+    with pytest.raises(AddlangError, match="roles must alternate"):
+        encode_conversation(TALK, tokenizer, loss_on="responses")
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(AddlangError, match="roles must alternate"):
+        encode_conversation(TALK, tokenizer, loss_on="responses")
+
+
+def test_template_that_hides_the_answer_is_refused(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{{ messages | length }}" + BARE
+    with pytest.raises(AddlangError, match=r"message 3(.|\n)*generation"):
+        encode_conversation(TALK, tokenizer, loss_on="responses")
+
+
+def test_unknown_format_suggests_one() -> None:
+    with pytest.raises(AddlangError, match="Did you mean 'alpaca'"):
+        to_messages({}, "alpacca")
