@@ -93,16 +93,12 @@ def test_data_sets_share_the_sequences_by_weight_and_fill_in_for_one_another(
     tokenizer: Any, write_jsonl: Write
 ) -> None:
     large = write_jsonl(*(talk(i) for i in range(30)), name="large.jsonl")
-    small = write_jsonl(*(talk(100 + i) for i in range(4)), name="small.jsonl")
+    small = write_jsonl(*(talk(1000 + i) for i in range(4)), name="small.jsonl")
     specs = (DatasetSpec(path=str(large), weight=1), DatasetSpec(path=str(small), weight=3))
     for wanted, from_small in ((4, 3), (20, 4)):
         made = calibration_batches(Calibration(datasets=specs, sequences=wanted), tokenizer, language="en")
         texts = [tokenizer.decode(ids) for ids in made.ids]
-        assert (
-            sum("question 10" in t and "question 10\n" not in t for t in texts)
-            - sum("question 10<" in t for t in texts)
-            == from_small
-        )
+        assert sum("question 100" in t for t in texts) == from_small
 
 
 def test_bad_row_is_named(tokenizer: Any, write_jsonl: Write) -> None:
