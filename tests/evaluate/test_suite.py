@@ -56,6 +56,7 @@ def test_a_suite_measures_source_and_target_side_by_side(
     assert rows[("held-out text (sw)", "bits_per_byte")] == ("target", "sw")
     assert rows[("lab tasks", "exact_match")] == ("source", "en")
     assert rows[("lab facts (sw)", "accuracy")] == ("target", "sw")
+    assert rows[("lab tasks (sw)", "exact_match")] == ("target", "sw")
     assert ("replies", "degenerate_replies") in rows
     assert {m.n for m in outcome if m.task.startswith("lab")} == {16}
     assert steps == sorted(steps)
@@ -96,7 +97,7 @@ def test_a_model_without_chat_template_is_not_asked_and_the_reason_is_kept(
     model: Any, new_tokenizer: Any, recipe: Evaluation, tmp_path: Path
 ) -> None:
     outcome = evaluate_model(model, build(recipe, new_tokenizer(None), tmp_path))
-    assert {name for name, _ in outcome.not_run} == {"lab tasks", "replies"}
+    assert {name for name, _ in outcome.not_run} == {"lab tasks", "lab tasks (sw)", "replies"}
     assert all("no chat template" in reason for _, reason in outcome.not_run)
     assert {m.metric for m in outcome} == {"bits_per_byte", "accuracy"}
 

@@ -210,26 +210,30 @@ def _builtin_texts() -> list[tuple[str, str]]:
 
 
 def _add_lab(add: Callable[..., None], evaluation: Evaluation, source_language: str, target_language: str) -> None:
-    """The embedded world: its English tasks, and facts in the target language where the world has it."""
+    """The embedded world: its tasks in the source language, and tasks and facts in the target language where it has it."""
     from addlang.lab import world
 
-    items = [
-        exact_match.Question(item.id, item.prompt, item.answer, item.task)
-        for item in world.exact_match_items(min(LAB_ITEMS, evaluation.limit or LAB_ITEMS), LAB_SEED)
-    ]
-    name = "lab tasks"
-    run = _measured(
-        exact_match.exact_match,
-        items,
-        max_new_tokens=LAB_REPLY,
-        batch_size=evaluation.batch_size,
-        task=name,
-        role=evaluation.task_roles.get(LAB, "source"),
-        language="en",
-        score=_lab_score,
-    )
-    add(name, run, exact_match.VERSION, evaluation.task_roles.get(LAB), [vars(i) for i in items])
-    if target_language not in world.LANGUAGES or target_language == source_language:
+    languages = [("en", "lab tasks", "source")]
+    if target_language in world.LANGUAGES and target_language != source_language:
+        languages.append((target_language, f"lab tasks ({target_language})", "target"))
+    for language, name, role in languages:
+        items = [
+            exact_match.Question(item.id, item.prompt, item.answer, item.task)
+            for item in world.exact_match_items(min(LAB_ITEMS, evaluation.limit or LAB_ITEMS), LAB_SEED, language)
+        ]
+        role = evaluation.task_roles.get(LAB, role) if role == "source" else role
+        run = _measured(
+            exact_match.exact_match,
+            items,
+            max_new_tokens=LAB_REPLY,
+            batch_size=evaluation.batch_size,
+            task=name,
+            role=role,
+            language=language,
+            score=_lab_score,
+        )
+        add(name, run, exact_match.VERSION, role, language, [vars(i) for i in items])
+    if len(languages) == 1:
         return
     count = min(LAB_CLOZE, evaluation.limit or LAB_CLOZE)
     facts = [
