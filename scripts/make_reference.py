@@ -1,0 +1,99 @@
+"""Write docs/reference.md from the schema and the command line, so that it cannot fall behind."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import typer
+from pydantic_core import PydanticUndefined
+
+from addlang.cli import app
+from addlang.recipe import Calibration, DatasetSpec, Evaluation, Phase, Recipe, RepliesEvaluation
+from addlang.strategies import Strategy, available, load_strategy
+
+TARGET = Path(__file__).resolve().parent.parent / "docs" / "reference.md"
+PARTS: list[tuple[str, type, str]] = [
+    ("Recipe", Recipe, "The top level. A file without `phases` is one phase: the phase's keys stand here too."),
+    ("Phase", Phase, "Data, strategy and training. Defaults are those of Table 8 of the SSU paper."),
+    ("Data set", DatasetSpec, "An item of `datasets`."),
+    ("Calibration", Calibration, "`calibration`: what importance is scored on."),
+    ("Evaluation", Evaluation, "`evaluation`: what is measured before and after."),
+    ("Replies", RepliesEvaluation, "`evaluation.replies`."),
+]
+
+
+def main() -> None:
+    text = build()
+    if "--check" in sys.argv:
+        if TARGET.read_text(encoding="utf-8") != text:
+            sys.exit("docs/reference.md is out of date: run python scripts/make_reference.py")
+        return
+    TARGET.write_text(text, encoding="utf-8")
+
+
+def build() -> str:
+    lines = ["# Reference", "", "Made by `scripts/make_reference.py` from the schema.", "", "## Commands", ""]
+    group = typer.main.get_command(app)
+    lines += _commands(group, "addlang")
+    lines += ["## Recipe", ""]
+    for title, model, about in PARTS:
+        lines += [f"### {title}", "", about, "", *_fields(model), ""]
+    lines += ["## Strategies", "", "Options of every strategy:", "", *_fields(Strategy), ""]
+    for name in available():
+        cls = load_strategy(name)
+        lines += [f"### {name}", "", f"{cls.summary[:1].upper()}{cls.summary[1:]}. {cls.paper}.", ""]
+        own = [n for n in cls.model_fields if n not in Strategy.model_fields]
+        if own:
+            lines += [*_fields(cls, own), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _commands(group: Any, path: str) -> list[str]:
+    lines = []
+    for name, command in sorted(group.commands.items()):
+        full = f"{path} {name}"
+        about = (command.help or "").split("\n\n")[0].replace("\n", " ").strip()
+        lines += [f"### `{full}`", "", about, ""]
+        rows = []
+        for p in command.params:
+            if p.name == "help":
+                continue
+            shown = p.name.upper() if p.param_type_name == "argument" else ", ".join(p.opts)
+            rows.append(f"| `{shown}` | {(getattr(p, 'help', '') or '').replace('|', '/')} |")
+        if rows:
+            lines += ["| argument | meaning |", "|---|---|", *rows, ""]
+        if hasattr(command, "commands"):
+            lines += _commands(command, full)
+    return lines
+
+
+def _fields(model: Any, only: list[str] | None = None) -> list[str]:
+    lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    for name, field in model.model_fields.items():
+        if only is not None and name not in only:
+            continue
+        default = field.get_default(call_default_factory=True)
+        shown = "required" if default is PydanticUndefined else f"`{_short(default)}`"
+        lines.append(
+            f"| `{name}` | {_type(field.annotation)} | {shown} | {(field.description or '').replace('|', '/')} |"
+        )
+    return lines
+
+
+def _short(value: Any) -> str:
+    if hasattr(type(value), "model_fields"):
+        return "{...}"
+    return "[]" if value == () else str(value)
+
+
+def _type(annotation: Any) -> str:
+    text = str(annotation).replace("typing.", "").replace("addlang.recipe.", "").replace("NoneType", "None")
+    if text.startswith("<class '"):
+        text = text[8:-2]
+    return "`" + text.split(", BeforeValidator")[0].replace("Annotated[", "").replace("|", "or") + "`"
+
+
+if __name__ == "__main__":
+    main()
