@@ -39,7 +39,7 @@ def test_a_known_licence_is_stated(tmp_path: Path) -> None:
 def test_a_local_base_model_is_named_in_the_text_only(tmp_path: Path) -> None:
     card = model_card(write_run(tmp_path, model="lab"))
     assert "base_model" not in front_matter(card)
-    assert "# lab adapted to Igbo" in card
+    assert "# The lab model adapted to Igbo" in card
 
 
 def test_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

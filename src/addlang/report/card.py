@@ -14,7 +14,7 @@ from addlang.report import numbers
 from addlang.report.files import RunData, read_run, write_text
 from addlang.report.html import licence
 from addlang.report.method import method_of
-from addlang.report.verdict import proof_sentence, proof_totals, reply_metric, role_name, verdict_of
+from addlang.report.verdict import ROLES, proof_sentence, proof_totals, reply_metric, role_name, rows_of, verdict_of
 
 CARD = "README.md"
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -45,7 +45,7 @@ def model_card(out_dir: str | os.PathLike[str]) -> str:
     source, target = numbers.language_name(run.source_language), numbers.language_name(run.language)
     parts = [
         f"---\n{yaml.safe_dump(_front_matter(run), sort_keys=False, allow_unicode=True)}---",
-        f"# {escape(run.model)} adapted to {escape(target)}",
+        f"# {'The lab model' if run.model == 'lab' else escape(run.model)} adapted to {escape(target)}",
         escape(verdict_of(run)),
         "## Method\n\n" + _method(run),
         f"## {escape(source)} kept, {escape(target)} gained\n\n" + _comparison(run),
@@ -105,7 +105,8 @@ def _comparison(run: RunData) -> str:
             numbers.relative(c.relative, c.relative_low, c.relative_high),
             numbers.integer(c.n),
         ]
-        for c in run.comparison
+        for role in ROLES
+        for c in rows_of(run, role)
     ]
     columns = ["", "task", "metric", "before", "after", "difference [95 %]", "relative [95 %]", "n"]
     text = (

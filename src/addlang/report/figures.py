@@ -17,6 +17,7 @@ from addlang.report.svg import NARROW, WIDE, Canvas, Figure, Scale, shorten, spr
 from addlang.report.verdict import about_replies, reply_metric, rows_of
 
 ROLES = {"source": ("circle", "c1"), "target": ("square", "c2"), "safety": ("diamond", "c4")}
+_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # shown first
 POINTS = 300  # points of a curve; more are averaged
 
 
@@ -47,7 +48,7 @@ def _forest(rows: Sequence[Comparison], unit: str, higher: bool) -> Callable[[fl
 
     def draw(width: float) -> Markup:
         canvas, narrow = Canvas(width), width == NARROW
-        left, right = (8.0, width - 8) if narrow else (250.0, width - 196)
+        left, right = (8.0, width - 8) if narrow else (272.0, width - 192)
         step, top = (46.0, 30.0) if narrow else (26.0, 26.0)
         scale = Scale(low, high, left, right) if higher else Scale(low, high, right, left)
         bottom = top + step * len(rows) + 4
@@ -81,7 +82,7 @@ def _forest(rows: Sequence[Comparison], unit: str, higher: bool) -> Callable[[fl
                     canvas.line(scale(end), y - 4, scale(end), y + 4, f"bar {colour}")
                 canvas.marker(scale(value), y, shape, f"mark {colour}", title=title)
             else:
-                canvas.marker(scale(value), y, shape, f"mark hollow {colour}", title=f"{title} ({numbers.NO_INTERVAL})")
+                canvas.marker(scale(value), y, shape, f"mark hollow {colour}", title=f"{title} {numbers.NO_INTERVAL}")
         hint = "" if higher else "; axis reversed" if narrow else "; fewer is better, axis reversed"
         canvas.text((left + right) / 2, bottom + 34, f"change in {name}{hint}", "axis", "middle")
         return canvas.render(bottom + 42, f"Change by task in {name} with 95 % intervals; right is better")
@@ -246,11 +247,13 @@ def _thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _running_mean(points: Sequence[tuple[float, float]], half: int) -> list[tuple[float, float]]:
-    """Mean over ``half`` neighbours to each side; at the ends fewer, on both sides alike, so that nothing shifts."""
+    """Mean over ``half`` neighbours to each side.
+
+    At the start fewer, on both sides alike, because the curve is steep there; at the end only the right side is cut.
+    """
     smooth = []
     for i, (a, _) in enumerate(points):
-        k = min(half, i, len(points) - 1 - i)
-        window = points[i - k : i + k + 1]
+        window = points[i - min(half, i) : i + min(half, i) + 1]
         smooth.append((a, sum(p[1] for p in window) / len(window)))
     return smooth
 
@@ -266,6 +269,7 @@ def frozen_map(tensors: Sequence[Mapping[str, Any]]) -> Figure | None:
         totals[1] += int(t.get("elements") or 0)
     if not cells:
         return None
+    cells = dict(sorted(cells.items(), key=lambda c: (*_MODULES, c[0]).index(c[0])))
     inside = [g for g, by_layer in cells.items() if any(k is not None for k in by_layer)]
     outside = [g for g, by_layer in cells.items() if None in by_layer]
     layers = sorted({k for by_layer in cells.values() for k in by_layer if k is not None})

@@ -22,6 +22,7 @@ from addlang.report.samples import chosen_samples
 from addlang.report.svg import Canvas, Figure
 from addlang.report.tiles import tiles_of
 from addlang.report.verdict import (
+    ROLES,
     finished,
     gained,
     holm_of,
@@ -55,7 +56,7 @@ def environment() -> Environment:
 
 def _cell(text: str) -> Markup:
     """A number above its interval."""
-    if text.endswith(f" {numbers.NO_INTERVAL}") and not text.endswith(f", {numbers.NO_INTERVAL}"):
+    if text.endswith(f" {numbers.NO_INTERVAL}"):
         main, low = text.removesuffix(numbers.NO_INTERVAL), numbers.NO_INTERVAL
     else:
         main, bracket, rest = text.partition(" [")
@@ -90,7 +91,7 @@ def report_html(out_dir: str | os.PathLike[str]) -> str:
         .render(
             source=numbers.language_name(run.source_language),
             target=numbers.language_name(run.language),
-            model=run.model,
+            model="the lab model" if run.model == "lab" else run.model,
             verdict=verdict_of(run),
             started=time.strftime("%Y-%m-%d", time.gmtime(started)) if isinstance(started, int | float) else started,
             device=run.state.get("device"),
@@ -125,7 +126,7 @@ def _groups(run: RunData) -> list[tuple[str, list[dict[str, Any]]]]:
     """Rows of the table by role."""
     rows = run.comparison or []
     adjusted = dict(zip(map(id, rows), holm_of(rows), strict=True))
-    roles = [r for r in ("source", "target", "safety") if rows_of(run, r)]
+    roles = [r for r in ROLES if rows_of(run, r)]
     return [(role_name(run, role), [_row(c, adjusted[id(c)]) for c in rows_of(run, role)]) for role in roles]
 
 
@@ -277,7 +278,9 @@ def _data(run: RunData) -> list[dict[str, Any]]:
                 ]
             )
         heldout = ", ".join(
-            f"{numbers.integer(v)} {k}" for k, v in (card.get("heldout") or {}).items() if isinstance(v, int | float)
+            f"{numbers.integer(v)} {k}"
+            for k, v in (card.get("heldout") or {}).items()
+            if isinstance(v, int | float) and v
         )
         cards.append({"phase": phase, "columns": columns, "rows": rows, "heldout": heldout})
     return cards

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-NO_INTERVAL = "no interval"
+NO_INTERVAL = "(no interval)"
 
 _METRICS = {
     "bits_per_byte": "bits per byte",
@@ -34,7 +34,7 @@ def value(x: float, unit: str) -> str:
 
 
 def interval(low: float | None, high: float | None, unit: str, signed: bool = False) -> str:
-    """``[95.2, 99.0]`` in the unit's scale, or ``no interval``."""
+    """``[95.2, 99.0]`` in the unit's scale, or ``(no interval)``."""
     if low is None or high is None:
         return NO_INTERVAL
     return f"[{_plain(low, unit, signed)}, {_plain(high, unit, signed)}]"

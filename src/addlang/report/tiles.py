@@ -55,7 +55,7 @@ def _gained(label: str, change: Change | None) -> Tile:
     kind, state = _STATES[change.outcome]
     if change.tasks[0].metric == BITS:
         return Tile(kind, label, *_bits(change), state)
-    big, _, _ = numbers.relative(change.change, None, None).partition(" no")
+    big, _, _ = numbers.relative(change.change, None, None).partition(" (")
     return Tile(
         kind, label, big, f"{numbers.interval(change.low, change.high, 'share', True)} in {_what(change)}", state
     )
@@ -63,7 +63,7 @@ def _gained(label: str, change: Change | None) -> Tile:
 
 def _bits(change: Change) -> tuple[str, str]:
     """Big number and the line below it, in the metric's own direction."""
-    big, _, _ = numbers.relative(-change.change, None, None).partition(" no")
+    big, _, _ = numbers.relative(-change.change, None, None).partition(" (")
     low, high = (None if v is None else -v for v in (change.high, change.low))
     return big, f"{numbers.interval(low, high, 'share', True)} bits per byte"
 

@@ -13,6 +13,7 @@ from addlang.report.files import Comparison, RunData, read_run
 
 Outcome = Literal["better", "worse", "unclear", "no interval", "not run"]
 BITS = "bits_per_byte"
+ROLES = ("source", "target", "safety")  # in the order in which they are shown
 
 
 @dataclass(frozen=True)
@@ -243,7 +244,8 @@ def summary_rows(out_dir: str | os.PathLike[str]) -> tuple[list[str], list[list[
     run = read_run(out_dir)
     columns = ["", "task", "metric", "before", "after", "difference [95 %]", "relative [95 %]", "n", "p (Holm)"]
     rows = []
-    for c, adjusted in zip(run.comparison or [], holm_of(run.comparison or []), strict=True):
+    table = sorted(run.comparison or [], key=lambda c: (*ROLES, c.role).index(c.role))
+    for c, adjusted in zip(table, holm_of(table), strict=True):
         rows.append(
             [
                 role_name(run, c.role),
