@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from addlang.errors import AddlangError
+from addlang.errors import AddlangError, AddlangWarning
 
 MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EMFILE}
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -397,6 +397,7 @@ def lab_text(
 def main() -> None:
     """Entry point: errors for users become one message and an exit code, without a traceback."""
     as_json = "--json" in sys.argv
+    show_warnings()
     try:
         app()
     except AddlangError as error:
@@ -412,6 +413,24 @@ def main() -> None:
         )
     except KeyboardInterrupt:
         _fail("interrupted; run the same command again to continue", 130, as_json)
+
+
+def show_warnings() -> None:
+    """One plain line per addlang warning; a run also keeps them for its report."""
+    import warnings
+
+    before = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *args: Any, **kw: Any) -> None:
+        if issubclass(category, AddlangWarning):
+            from addlang.progress import note
+
+            note(f"warning: {message}")
+        else:
+            before(message, category, *args, **kw)
+
+    warnings.simplefilter("always", AddlangWarning)
+    warnings.showwarning = show  # type: ignore[assignment]
 
 
 def _fail(message: str, code: int, as_json: bool) -> None:

@@ -299,8 +299,14 @@ def _set(data: dict[str, Any], key: str, value: Any) -> None:
     """Set a dotted key; a bare strategy name becomes a mapping so that its options can be set."""
     *parents, last = key.replace("-", "_").split(".")
     node: Any = data
-    if parents and parents[0] not in data and "phases" in data and parents[0] in Phase.model_fields:
-        raise AddlangError(f"--{key}: the recipe has several phases", f"write --phases.0.{key}")
+    first = (parents or [last])[0]
+    if isinstance(data.get("phases"), list) and first not in Recipe.model_fields:
+        if first not in Phase.model_fields:
+            known = {*Recipe.model_fields, *Phase.model_fields}
+            raise AddlangError(f"unknown key --{key}", _hint(first, known))
+        if len(data["phases"]) != 1:
+            raise AddlangError(f"--{key}: the recipe has {len(data['phases'])} phases", f"write --phases.0.{key}")
+        node = data["phases"][0]
     for i, part in enumerate(parents):
         if isinstance(node, list):
             if not part.isdigit() or int(part) >= len(node):
@@ -330,6 +336,11 @@ _MODELS: dict[str, type[BaseModel]] = {
 }
 
 
+def _hint(key: str, known: set[str]) -> str:
+    alias = ALIASES.get(key)
+    return f"addlang calls it '{alias}'" if alias else did_you_mean(key, known)
+
+
 def _explain(error: ValidationError, flat: bool) -> list[str]:
     """One line per problem: key, what is wrong, the remedy."""
     lines = []
@@ -346,9 +357,7 @@ def _explain(error: ValidationError, flat: bool) -> list[str]:
                 known |= set(Phase.model_fields) - {"name"}
                 known -= {"phases"}
             last = str(loc[-1])
-            alias = ALIASES.get(last)
-            hint = f"addlang calls it '{alias}'" if alias else did_you_mean(last, known)
-            lines.append(f"  {key}: unknown key. {hint}")
+            lines.append(f"  {key}: unknown key. {_hint(last, known)}")
         elif e["type"] == "missing":
             lines.append(f"  {key}: missing")
         else:
