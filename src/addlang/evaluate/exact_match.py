@@ -83,7 +83,7 @@ def exact_match(
     measured = []
     for item, ids in zip(items, replies, strict=True):
         reply = tokenizer.decode(ids, skip_special_tokens=True)
-        detail: dict[str, Any] = {"reply": reply, "task": item.group}
+        detail: dict[str, Any] = {"prompt": item.prompt, "answer": item.answer, "reply": reply, "task": item.group}
         if len(ids) == max_new_tokens:
             detail["cut"] = True
         measured.append(Item(item.id, float(score(reply, item)), detail=detail))
