@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,10 +17,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from addlang.errors import AddlangError, did_you_mean
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from addlang.data.calibration import CalibrationSet
     from addlang.freeze.plan import FreezePlan, Frozen
+    from addlang.guards import Guard
+    from addlang.recipe import TrainSettings
+    from addlang.strategies.costs import Cost
+
+HELPERS = ("base", "costs")
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,9 @@ class PlanInputs:
         model_hash: of the source weights; stored in the plan.
         special_token_ids: rows of the embedding that ``freeze_special_tokens`` protects.
         calibration: makes the source-language calibration set; called only by strategies that require it.
+        target: the phase's training data from its beginning: one item per optimizer step, a sequence of micro-batches
+            (``input_ids``, ``labels``, ``position_ids`` [B, L]); called only by strategies that require target text.
+        settings: how the phase trains, for strategies that train while they plan; None: the defaults.
         progress: called with (done, total, what).
     """
 
@@ -39,17 +48,26 @@ class PlanInputs:
     model_hash: str = ""
     special_token_ids: tuple[int, ...] = ()
     calibration: Callable[[], CalibrationSet] | None = None
+    target: Callable[[], Iterable[Sequence[Mapping[str, Tensor]]]] | None = None
+    settings: TrainSettings | None = None
     progress: Callable[[int, int, str], None] | None = None
 
 
 class Strategy(BaseModel):
-    """Base of every method. Subclasses add fields and implement :meth:`plan`."""
+    """Base of every method. Subclasses add fields and implement :meth:`plan`.
+
+    Attributes:
+        dynamic: what moves is chosen anew during training, so the plan names only what can never move.
+        example: options of a typical use, for strategies that have no default for something.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     summary: ClassVar[str] = ""
+    dynamic: ClassVar[bool] = False
+    example: ClassVar[Mapping[str, Any]] = {}
 
     train_embeddings: bool = Field(True, description="train the input embedding")
     train_lm_head: bool = Field(True, description="train the output head (same tensor as the embedding when tied)")
@@ -59,6 +77,10 @@ class Strategy(BaseModel):
         """What :meth:`plan` needs: a subset of {"source_text", "target_text", "reference_model"}."""
         return frozenset()
 
+    def guards(self) -> tuple[Guard, ...]:
+        """Guards that belong to the method."""
+        return ()
+
     def plan(self, model: nn.Module, inputs: PlanInputs) -> FreezePlan:
         """Decide what is frozen. Leaves the weights bit-identical."""
         raise TypeError(f"strategy '{self.name}' must define plan()")
@@ -66,6 +88,25 @@ class Strategy(BaseModel):
     def outline(self, model: nn.Module) -> FreezePlan:
         """A plan with the right *counts* but arbitrary choices, made without data or weights (for ``addlang plan``)."""
         return self.plan(model, PlanInputs())
+
+    def finish(self, model: nn.Module, inputs: PlanInputs, entries: Mapping[str, Frozen], **facts: Any) -> FreezePlan:
+        """The plan from the entries of what is inside the comparison; adds embedding and head, and says how it was made.
+
+        Args:
+            entries: one for every parameter but the embedding and the head.
+            facts: more provenance, plain data.
+        """
+        from addlang.freeze.plan import FreezePlan
+
+        every = {**entries, **self.outside(model, inputs)}
+        provenance = {"strategy": self.name, **self.model_dump(mode="json"), "seed": inputs.seed, **facts}
+        return FreezePlan({n: every[n] for n, _ in model.named_parameters()}, inputs.model_hash, provenance)
+
+    def cost(self, model: nn.Module) -> Cost:
+        """What a training step costs; shapes are enough, so the model may be on the meta device."""
+        from addlang.strategies.costs import of_plan
+
+        return of_plan(model, self.outline(model))
 
     def attach(self, model: nn.Module, plan: FreezePlan, execution: str, *, masters: bool = True) -> Attached:
         """Realise the plan on the model, before sharding and before the optimizer is built."""
@@ -128,6 +169,13 @@ class Attached:
         groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
         return [g for g in groups if g["params"]]
 
+    def bind(self, optimizer: torch.optim.Optimizer, steps: int) -> None:
+        """Once, when the optimizer is built and before a checkpoint is loaded.
+
+        Args:
+            steps: optimizer steps of the whole phase.
+        """
+
     def before_clip(self, step: int) -> None:
         """After backward and accumulation, before gradients are clipped (also when clipping is off)."""
 
@@ -162,11 +210,47 @@ class Attached:
             yield n, p.detach()
 
 
+class Around(Attached):
+    """A strategy's run-time state around another one's: passes everything on. Subclasses add what they do."""
+
+    def __init__(self, inner: Attached) -> None:
+        super().__init__(inner.model, inner.plan)
+        self.inner = inner
+
+    def named_trainable(self) -> list[tuple[str, nn.Parameter]]:
+        return self.inner.named_trainable()
+
+    def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        return self.inner.param_groups(weight_decay)
+
+    def bind(self, optimizer: torch.optim.Optimizer, steps: int) -> None:
+        self.inner.bind(optimizer, steps)
+
+    def before_clip(self, step: int) -> None:
+        self.inner.before_clip(step)
+
+    def after_step(self, step: int) -> None:
+        self.inner.after_step(step)
+
+    def loss_term(self) -> Tensor | None:
+        return self.inner.loss_term()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.inner.load_state_dict(state)
+
+    def export(self) -> Iterator[tuple[str, Tensor]]:
+        return self.inner.export()
+
+
 def available() -> list[str]:
     """Names of all strategies, from the files of this package; loads none of them."""
     import addlang.strategies as package
 
-    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "base")
+    names = (m.name for m in pkgutil.iter_modules(package.__path__))
+    return sorted(n for n in names if n not in HELPERS and not n.startswith("_"))
 
 
 def load_strategy(name: str) -> type[Strategy]:

@@ -12,7 +12,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -28,6 +28,7 @@ from addlang.train import checkpoint
 from addlang.train.loss import token_loss
 
 if TYPE_CHECKING:
+    from addlang.guards import ActiveGuard
     from addlang.recipe import Phase
     from addlang.strategies.base import Attached
 
@@ -72,6 +73,7 @@ def train(
     device: torch.device,
     schedule: Schedule,
     seed: int,
+    guards: Sequence[ActiveGuard] = (),
 ) -> TrainResult:
     """Train one phase in ``directory``, continuing from its newest whole checkpoint.
 
@@ -86,6 +88,7 @@ def train(
     model = attached.model
     optimizer = build_optimizer(attached, phase)
     scheduler = build_scheduler(optimizer, phase, schedule.steps)
+    attached.bind(optimizer, schedule.steps)
     done, tokens, seconds = 0, 0, 0.0
     found = checkpoint.newest(directory)
     if found is not None:
@@ -125,6 +128,7 @@ def train(
             term = attached.loss_term()
             if term is not None:
                 term.backward()  # type: ignore[no-untyped-call]
+            penalty = sum(g.backward(attached, step) for g in guards)
             attached.before_clip(step)
             norm = torch.nn.utils.clip_grad_norm_(parameters, phase.max_grad_norm or math.inf)
             loss_value = float(step_loss)
@@ -144,8 +148,9 @@ def train(
             attached.after_step(step)
             scheduler.step()
             optimizer.zero_grad(set_to_none=True)
-            tokens += labels
-            window_tokens += labels
+            read = labels + sum(g.tokens(step) for g in guards)
+            tokens += read
+            window_tokens += read
             bar.update(step * schedule.batch * phase.sequence_length, loss=loss_value)
             if step % phase.logging_steps == 0 or step in (1, schedule.steps):
                 now = time.monotonic()
