@@ -8,15 +8,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
+from addlang import strictyaml
 from addlang.errors import AddlangError, did_you_mean
 
 ALIASES = {
@@ -29,11 +41,17 @@ ALIASES = {
     "block_size": "sequence_length",
     "micro_batch_size": "per_device_train_batch_size",
     "train_batch_size": "per_device_train_batch_size",
-    "batch_size": "per_device_train_batch_size",
     "lr": "learning_rate",
     "warmup_ratio": "warmup_steps",
     "lr_scheduler": "lr_scheduler_type",
     "optim": "optimizer",
+    "deepspeed": "sharding",
+    "fsdp": "sharding",
+    "fsdp_config": "sharding",
+    "save_limit": "save_total_limit",
+    "liger_kernel": "use_liger_kernel",
+    "compile": "torch_compile",
+    "embedding_lr": "embedding_learning_rate",
     "gradient_checkpointing": "activation_checkpointing",
     "max_steps": "tokens",
     "num_train_epochs": "tokens",
@@ -44,6 +62,7 @@ ALIASES = {
     "data": "datasets",
 }
 
+RESERVED = {"before", "after"}
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
 
 
@@ -52,7 +71,7 @@ def parse_count(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, str | float):
         return value
     if isinstance(value, float):
-        return int(value) if value == int(value) else value
+        return int(value) if math.isfinite(value) and value == int(value) else value
     text = value.strip().replace("_", "").replace(",", "").lower()
     m = re.fullmatch(r"([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)([kmbg]?)", text)
     if not m:
@@ -72,6 +91,14 @@ class Strict(BaseModel):
     """Base of every part of a recipe: unknown keys are errors, values do not change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _booleans_are_no_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        numbers = {Count, Count | None, int, int | None, float, float | None}
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation in numbers:
+            raise ValueError("must be a number, not a boolean")
+        return value
 
 
 class DatasetSpec(Strict):
@@ -126,7 +153,13 @@ class TrainSettings(Strict):
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     adam_epsilon: float = Field(1e-8, gt=0)
     max_grad_norm: float = Field(1.0, ge=0, description="0: no clipping")
-    optimizer: Literal["adamw"] = "adamw"
+    embedding_learning_rate: float | None = Field(
+        None, gt=0, description="of the input embedding and the head; None: learning_rate"
+    )
+    optimizer: Literal["adamw", "adamw_8bit", "adamw_bf16_sr"] = Field(
+        "adamw",
+        description="adamw: fused; adamw_8bit: 8-bit state; adamw_bf16_sr: bf16 weights, stochastic rounding, fp32 state",
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="compute type; auto: bf16 on GPUs, fp32 on CPUs"
     )
@@ -134,12 +167,42 @@ class TrainSettings(Strict):
         "fp32", description="type of what is trained; 'model': the checkpoint's own"
     )
     activation_checkpointing: bool = False
+    sharding: Literal["auto", "none", "ddp", "fsdp"] = Field(
+        "auto", description="over the processes of torchrun; auto: none on one process, fsdp on several"
+    )
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = (
+        Field(None, description="passed to transformers; None: its default (sdpa where the model has it)")
+    )
+    torch_compile: bool = Field(False, description="compile each decoder layer")
+    use_liger_kernel: bool = Field(False, description="fused norms, rotary embeddings and SwiGLU of liger-kernel (GPU)")
+    max_loss_spike: float | None = Field(
+        5.0,
+        gt=1,
+        description="stop where the loss exceeds this many times its running median (of at least 1 nat); None: never",
+    )
     isolate_documents: bool = Field(True, description="tokens do not attend across documents packed into one sequence")
     loss_on: Literal["responses", "all"] = Field("responses", description="chat data: which tokens carry loss")
     save_steps: int = Field(500, gt=0)
     save_total_limit: int = Field(2, gt=0)
     logging_steps: int = Field(10, gt=0)
-    report_to: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()
+    report_to: Annotated[
+        tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...], BeforeValidator(parse_list)
+    ] = ()
+
+    @model_validator(mode="after")
+    def _settings_fit_together(self) -> TrainSettings:
+        if self.optimizer == "adamw_bf16_sr" and self.master_weights != "model":
+            raise ValueError("optimizer adamw_bf16_sr rounds bf16 weights, so it needs master_weights: model")
+        if (
+            self.attn_implementation in ("flash_attention_2", "flash_attention_3")
+            and self.isolate_documents
+            and self.per_device_train_batch_size != 1
+        ):
+            raise ValueError(
+                f"{self.attn_implementation} isolates packed documents only with per_device_train_batch_size: 1 "
+                "(transformers); set that, isolate_documents: false, or attn_implementation: sdpa"
+            )
+        return self
 
 
 def _strategy(value: Any) -> Any:
@@ -154,6 +217,24 @@ def _strategy(value: Any) -> Any:
     return make_strategy(value["name"], {k: v for k, v in value.items() if k != "name"})
 
 
+def _guards(value: Any) -> Any:
+    from addlang.guards import Guard, make_guard
+
+    out = []
+    for item in [value] if isinstance(value, str | Mapping) else value or []:
+        if isinstance(item, Guard):
+            out.append(item)
+            continue
+        data = {"name": item} if isinstance(item, str) else dict(item)
+        if "name" not in data:
+            raise ValueError("a guard is a name, or a mapping with 'name' and its options")
+        out.append(make_guard(data["name"], {k: v for k, v in data.items() if k != "name"}))
+    names = [g.name for g in out]
+    if len(set(names)) != len(names):
+        raise ValueError("a guard stands twice")
+    return tuple(out)
+
+
 class Phase(TrainSettings):
     """Data, what may be updated, and how it is trained."""
 
@@ -162,8 +243,18 @@ class Phase(TrainSettings):
     strategy: Annotated[SerializeAsAny[Any], BeforeValidator(_strategy)] = Field(
         description="name, or mapping with name and options"
     )
+    guards: Annotated[tuple[SerializeAsAny[Any], ...], BeforeValidator(_guards)] = Field(
+        (), description="terms added to the loss: self_anchor and others; combine with any strategy"
+    )
     execution: Literal["auto", "masked", "split"] = "auto"
     calibration: Calibration = Calibration()
+
+    @property
+    def all_guards(self) -> tuple[Any, ...]:
+        """The phase's guards and those that its strategy brings along."""
+        own = {g.name for g in self.guards}
+        return (*self.guards, *(g for g in self.strategy.guards() if g.name not in own))
+
     start: Literal["previous", "source"] = Field("previous", description="weights this phase starts from")
 
 
@@ -229,6 +320,8 @@ class Recipe(Strict):
         twice = sorted({n for n in names if names.count(n) > 1})
         if twice:
             raise ValueError(f"phase names must differ; '{twice[0]}' stands twice")
+        if taken := sorted(RESERVED & set(names)):
+            raise ValueError(f"a phase cannot be named '{taken[0]}': results use that name")
         return self
 
     def resolved(self) -> dict[str, Any]:
@@ -236,7 +329,12 @@ class Recipe(Strict):
         data = self.model_dump(mode="json")
         for phase, live in zip(data["phases"], self.phases, strict=True):
             phase["strategy"] = {"name": live.strategy.name, **live.strategy.model_dump(mode="json")}
+            phase["guards"] = [{"name": g.name, **g.model_dump(mode="json")} for g in live.guards]
         return data
+
+    def template_path(self, base_dir: Path | None) -> Path | None:
+        """The chat template's file."""
+        return None if self.chat_template is None else beside(self.chat_template, base_dir)
 
     @property
     def fingerprint(self) -> str:
@@ -244,7 +342,7 @@ class Recipe(Strict):
         data = self.resolved()
         data.pop("output_dir")
         for phase in data["phases"]:
-            for key in ("save_steps", "save_total_limit", "logging_steps", "report_to"):
+            for key in ("save_steps", "save_total_limit", "logging_steps", "report_to", "max_loss_spike", "sharding"):
                 phase.pop(key)
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -261,7 +359,7 @@ class Recipe(Strict):
         """
         path = Path(path)
         try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+            data = strictyaml.read(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             near = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
             raise AddlangError(
@@ -275,24 +373,94 @@ class Recipe(Strict):
             raise AddlangError(f"recipe '{path}' must be a mapping of keys to values")
         for key, value in overrides:
             _set(data, key, value)
-        return cls.parse(data, where=str(path))
+        return cls.parse(data, where=str(path), files=True, base_dir=path.resolve().parent)
 
     @classmethod
-    def parse(cls, data: Mapping[str, Any], where: str = "recipe") -> Recipe:
-        """Validate plain data; see :meth:`load`."""
+    def parse(
+        cls, data: Mapping[str, Any], where: str = "recipe", *, files: bool = False, base_dir: Path | None = None
+    ) -> Recipe:
+        """Validate plain data; see :meth:`load`.
+
+        Args:
+            where: what the data came from, for messages.
+            files: also check that every local file it names exists.
+            base_dir: directory against which relative paths are resolved; None: the working directory.
+        """
         data = dict(data)
-        if "phases" not in data:
+        flat = "phases" not in data
+        if flat:
             phase = {k: data.pop(k) for k in list(data) if k in Phase.model_fields and k not in cls.model_fields}
             data["phases"] = [phase]
-            flat = True
-        else:
-            flat = False
+        problems = [*_conflicts(data, flat), *(_missing_files(data, flat, base_dir) if files else ())]
         try:
-            return cls.model_validate(data)
+            recipe = cls.model_validate(data)
         except ValidationError as error:
-            raise AddlangError(
-                f"{where}: {error.error_count()} problem(s)\n" + "\n".join(_explain(error, flat))
-            ) from None
+            problems = [*_explain(error, flat), *problems]
+        if problems:
+            raise AddlangError(f"{where}: {len(problems)} problem(s)\n" + "\n".join(f"  {p}" for p in problems))
+        return recipe
+
+
+def _conflicts(data: Mapping[str, Any], flat: bool) -> Iterator[str]:
+    """Batch sizes that contradict each other, in every phase; from raw data, so that other errors do not hide them."""
+    phases = data["phases"]
+    for i, phase in enumerate(phases if isinstance(phases, list | tuple) else ()):
+        if not isinstance(phase, Mapping):
+            continue
+        keys = ("batch_size", "per_device_train_batch_size", "gradient_accumulation_steps")
+        batch, micro, steps = (v if type(v := phase.get(k)) is int and v > 0 else None for k in keys)
+        place = "" if flat else f"phases.{i}."
+        if batch and micro and steps and batch != micro * steps:
+            yield (
+                f"{place}batch_size: {batch} is not per_device_train_batch_size {micro} x gradient_accumulation_steps {steps}; "
+                "leave one of the three out"
+            )
+        elif batch and not (micro and steps) and (part := micro or steps) and batch % part:
+            key = keys[1] if micro else keys[2]
+            yield f"{place}{key}: batch_size {batch} is not divisible by {part}"
+
+
+def _missing_files(data: Mapping[str, Any], flat: bool, base_dir: Path | None) -> Iterator[str]:
+    """Local files that the recipe names and that do not exist."""
+    from addlang.data.sources import read_rows
+    from addlang.evaluate.lm_eval import file_of
+
+    def problem(key: str, check: Any) -> Iterator[str]:
+        key = key.removeprefix("phases.0.") if flat else key
+        try:
+            check()
+        except AddlangError as error:
+            yield f"{key}: {error.message}" + (f" ({error.fix})" if error.fix else "")
+
+    for key, path in _named_paths(data):
+        spec = DatasetSpec.model_validate({"path": path})
+        yield from problem(key, lambda spec=spec: read_rows(spec, base_dir=base_dir))
+    evaluation = data.get("evaluation")
+    tasks = parse_list(evaluation.get("tasks")) if isinstance(evaluation, Mapping) else None
+    for i, task in enumerate(tasks if isinstance(tasks, list | tuple) else ()):
+        if isinstance(task, str):
+            yield from problem(f"evaluation.tasks.{i}", lambda task=task: file_of(task, base_dir))
+    template = data.get("chat_template")
+    if isinstance(template, str) and not beside(template, base_dir).is_file():
+        yield f"chat_template: {beside(template, base_dir)}: the file does not exist (check the path)"
+
+
+def _named_paths(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(key, path) of every data set and of the prompts."""
+    if isinstance(node, list | tuple):
+        for i, item in enumerate(node):
+            yield from _named_paths(item, f"{prefix}{i}.")
+    elif isinstance(node, Mapping):
+        for key, value in node.items():
+            if key in ("path", "prompts") and isinstance(value, str):
+                yield f"{prefix}{key}", value
+            elif key != "strategy":
+                yield from _named_paths(value, f"{prefix}{key}.")
+
+
+def beside(path: str, base_dir: Path | None) -> Path:
+    """A path of the recipe, relative to the recipe's directory."""
+    return (base_dir or Path()) / Path(path).expanduser()
 
 
 def _set(data: dict[str, Any], key: str, value: Any) -> None:
@@ -315,7 +483,9 @@ def _set(data: dict[str, Any], key: str, value: Any) -> None:
             continue
         if part == "strategy" and isinstance(node.get(part), str):
             node[part] = {"name": node[part]}
-        node = node.setdefault(part, {})
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
         if not isinstance(node, dict | list):
             raise AddlangError(f"--{key}: '{part}' is a plain value, not a mapping")
     if last == "strategy" and isinstance(value, str) and isinstance(node, dict) and isinstance(node.get(last), dict):
@@ -344,22 +514,18 @@ def _hint(key: str, known: set[str]) -> str:
 def _explain(error: ValidationError, flat: bool) -> list[str]:
     """One line per problem: key, what is wrong, the remedy."""
     lines = []
-    for e in error.errors():
+    found = error.errors()
+    for e in found:
         loc = list(e["loc"])
+        if e["type"] == "too_short" and any(o["loc"][: len(loc)] == tuple(loc) for o in found if o is not e):
+            continue  # its items are there, but have errors of their own
         if flat and loc[:2] == ["phases", 0]:
             loc = loc[2:]
         key = ".".join(str(p) for p in loc) or "(whole recipe)"
         if e["type"] == "extra_forbidden":
-            parents = [p for p in e["loc"][:-1] if isinstance(p, str)]
-            model = _MODELS.get(parents[-1], Recipe) if parents else Recipe
-            known = set(model.model_fields)
-            if model is Recipe and flat:
-                known |= set(Phase.model_fields) - {"name"}
-                known -= {"phases"}
-            last = str(loc[-1])
-            lines.append(f"  {key}: unknown key. {_hint(last, known)}")
+            lines.append(f"{key}: unknown key. {_meant(list(e['loc']), flat)}")
         elif e["type"] == "missing":
-            lines.append(f"  {key}: missing")
+            lines.append(f"{key}: missing")
         else:
             message = e["msg"].removeprefix("Value error, ")
             given = e.get("input")
@@ -368,5 +534,24 @@ def _explain(error: ValidationError, flat: bool) -> list[str]:
                 if isinstance(given, str | int | float | bool) and repr(given) not in message
                 else ""
             )
-            lines.append(f"  {key}: {message}{shown}")
+            lines.append(f"{key}: {message}{shown}")
     return lines
+
+
+def _meant(loc: list[Any], flat: bool) -> str:
+    """What the user may have meant by an unknown key."""
+    *parents, last = [p for p in loc if isinstance(p, str)]
+    model = _MODELS.get(parents[-1], Recipe) if parents else Recipe
+    known = set(model.model_fields)
+    if model is Recipe and flat:
+        known |= set(Phase.model_fields) - {"name"}
+        known -= {"phases"}
+    elsewhere = (
+        (Recipe, "the top level"),
+        (Phase, "a phase"),
+        (Evaluation, "'evaluation'"),
+        (Calibration, "'calibration'"),
+    )
+    if places := [place for other, place in elsewhere if last in other.model_fields and last not in known]:
+        return f"It belongs to {' or '.join(places)}"
+    return _hint(last, known)

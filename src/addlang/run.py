@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from addlang.data.prepare import PhaseData
     from addlang.evaluate.measurement import Measurement
     from addlang.freeze.plan import FreezePlan
+    from addlang.guards import ActiveGuard
+    from addlang.train.loop import Schedule
 
 
 def execute(recipe: Recipe, *, overwrite: bool = False, base_dir: Path | None = None) -> Path:
@@ -92,10 +94,12 @@ def adapt(
     dtype = stored.dtype if compute_dtype(phase, device) in (None, torch.bfloat16) else torch.float32
     model = load_model(source, dtype=dtype, device=device)
     plan = make_plan(run, phase, model, stored.hash, tokenizer, base_dir)
-    attached = phase.strategy.attach(model, plan, phase.execution, masters=phase.master_weights == "fp32")
     micro = micro_batch(phase, data.batch_size, device.type)
     schedule = Schedule(data.sequences // data.batch_size, data.batch_size, micro)
-    result = train(attached, data, phase, directory, device=device, schedule=schedule, seed=run.recipe.seed)
+    guards = start_guards(run, phase, model, stored.hash, tokenizer, device, schedule, base_dir)
+    attached = phase.strategy.attach(model, plan, phase.execution, masters=phase.master_weights == "fp32")
+    seed = run.recipe.seed
+    result = train(attached, data, phase, directory, device=device, schedule=schedule, seed=seed, guards=guards)
     export(stored, attached, plan, directory)
     proof = prove_phase(run, phase, source)
     checkpoint.clear(directory)
@@ -146,6 +150,48 @@ def make_plan(
     }
     run.finish(f"plan:{phase.name}", plan={**run.state.get("plan", {}), phase.name: about})
     return plan
+
+
+def start_guards(
+    run: RunDir,
+    phase: Phase,
+    model: Any,
+    model_hash: str,
+    tokenizer: Any,
+    device: torch.device,
+    schedule: Schedule,
+    base_dir: Path | None,
+) -> list[ActiveGuard]:
+    """Prepare the phase's guards while the model still has the source's weights."""
+    from addlang.data.calibration import calibration_batches
+    from addlang.data.prepare import cache_root
+    from addlang.guards import GuardContext
+    from addlang.progress import progress
+    from addlang.train.loop import compute_context
+
+    active = []
+    for guard in phase.all_guards:
+        with progress(f"preparing {guard.name}") as bar:
+            context = GuardContext(
+                model=model,
+                model_hash=model_hash,
+                tokenizer=tokenizer,
+                seed=run.recipe.seed,
+                device=device,
+                cache_dir=cache_root(),
+                language=run.recipe.source_language,
+                sequence_length=phase.sequence_length,
+                batch=schedule.batch,
+                steps=schedule.steps,
+                autocast=compute_context(phase, device),
+                calibration=lambda: calibration_batches(
+                    phase.calibration, tokenizer, language=run.recipe.source_language, base_dir=base_dir
+                ),
+                progress=lambda done, total, _what, bar=bar: _advance(bar, done, total),  # type: ignore[misc]
+            )
+            active.append(guard.start(context))
+    run.update(guards={**run.state.get("guards", {}), phase.name: [g.describe() for g in active]})
+    return active
 
 
 def _advance(bar: Any, done: int, total: int) -> None:
@@ -294,7 +340,8 @@ def check_model(recipe: Recipe, source: Path, tokenizer: Any) -> None:
                 f"phase '{phase.name}': sequence_length {phase.sequence_length} is longer than the model's context of {longest} tokens",
                 f"set sequence_length to {longest} or less",
             )
-    if any("source_text" in phase.strategy.requires() for phase in recipe.phases):
+    needs = [what for p in recipe.phases for part in (p.strategy, *p.all_guards) for what in part.requires()]
+    if "source_text" in needs or "chat_template" in needs:
         require_chat_template(tokenizer)
 
 

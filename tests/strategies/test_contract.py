@@ -18,6 +18,7 @@ from addlang.strategies import PlanInputs, available, load_strategy, make_strate
 
 STRATEGIES: dict[str, list[dict[str, Any]]] = {
     "full": [{}],
+    "self_anchor": [{}],
     "ssu": [
         {},
         {"granularity": "row"},

@@ -149,6 +149,8 @@ def prepare(
         )
     target = sum(p.tokens_total for p, spec in zip(packed, phase.datasets, strict=True) if spec.role == "target")
     tokens = budget(phase, target or sum(p.tokens_total for p in packed))
+    # what guards read counts: arms of one budget then cost the same
+    tokens = round(tokens * (1 - sum(guard.token_share for guard in phase.all_guards)))
     batch, scaled = global_batch(phase, tokens)
     mixture = Mixture(
         packed, [spec.weight for spec in phase.datasets], seed=recipe.seed, tokens=tokens, multiple_of=batch

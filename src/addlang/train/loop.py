@@ -156,6 +156,7 @@ def train(
                 now = time.monotonic()
                 row = {
                     "phase": phase.name, "step": step, "steps": schedule.steps, "tokens": tokens, "loss": loss_value,
+                    **({"guards": penalty} if guards else {}),
                     "learning_rate": rate, "grad_norm": float(norm),
                     "tokens_per_second": round(window_tokens / max(now - window_started, 1e-9), 1),
                     "seconds": round(seconds + now - started, 3),

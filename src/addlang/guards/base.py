@@ -1,0 +1,132 @@
+"""What a guard is.
+
+A strategy says what may move; a guard adds a term that holds what moves near the source model (EWC, L2-SP, KL, the self
+anchor). A guard is a frozen config; ``start`` prepares it while the source weights are still untouched, and the active
+guard then runs its own backward pass once per optimizer step, so that its memory is freed before the next.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from addlang.errors import AddlangError, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+
+    from addlang.data.calibration import CalibrationSet
+    from addlang.strategies.base import Attached
+
+
+@dataclass(frozen=True)
+class GuardContext:
+    """What a guard may use to prepare itself.
+
+    Attributes:
+        model: the source model on the training device; its weights are still the source's.
+        model_hash: of the source weights, for caches.
+        cache_dir: where prepared data are kept; keyed by the guard.
+        language: the source language.
+        sequence_length, batch: tokens per sequence and sequences per step of the target data.
+        autocast: the factory of contexts in which forward passes run.
+        calibration: makes the source-language calibration set.
+        progress: called with (done, total, what).
+    """
+
+    model: Any
+    model_hash: str
+    tokenizer: Any
+    seed: int
+    device: torch.device
+    cache_dir: Path
+    language: str
+    sequence_length: int
+    batch: int
+    steps: int
+    autocast: Callable[[], AbstractContextManager[Any]]
+    calibration: Callable[[], CalibrationSet]
+    progress: Callable[[int, int, str], None]
+
+
+class ActiveGuard(ABC):
+    """A guard at work."""
+
+    @abstractmethod
+    def backward(self, attached: Attached, step: int) -> float:
+        """Add this step's gradients to those of the target loss; returns the weighted term (nats)."""
+
+    def tokens(self, step: int) -> int:
+        """Tokens that this step reads besides the target text; they count towards the budget."""
+        return 0
+
+    def describe(self) -> dict[str, Any]:
+        """Plain data for the report."""
+        return {}
+
+
+class Guard(BaseModel):
+    """Base of every guard."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    name: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+
+    @property
+    def token_share(self) -> float:
+        """Share of the budget's tokens that the guard reads, in [0, 1): target text gets the rest."""
+        return 0.0
+
+    def requires(self) -> frozenset[str]:
+        """A subset of {"source_text", "chat_template"}."""
+        return frozenset()
+
+    def start(self, context: GuardContext) -> ActiveGuard:
+        """Prepare (with a cache) and return the active guard. Leaves the weights bit-identical."""
+        raise TypeError(f"guard '{self.name}' must define start()")
+
+
+def available() -> list[str]:
+    """Names of all guards."""
+    import addlang.guards as package
+
+    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name not in ("base", "teacher"))
+
+
+def make_guard(name: str, options: Mapping[str, Any]) -> Guard:
+    """Build a guard from its name and options.
+
+    Raises:
+        AddlangError: unknown name or option, or a bad value.
+    """
+    key = str(name).replace("-", "_").lower()
+    if key not in available():
+        raise AddlangError(f"unknown guard '{name}'", did_you_mean(str(name), available()))
+    module = importlib.import_module(f"addlang.guards.{key}")
+    cls = next(
+        v
+        for v in vars(module).values()
+        if isinstance(v, type) and issubclass(v, Guard) and v.__module__ == module.__name__ and v.name == key
+    )
+    try:
+        return cls.model_validate(dict(options))
+    except ValidationError as error:
+        lines = []
+        for e in error.errors():
+            option = ".".join(map(str, e["loc"]))
+            if e["type"] == "extra_forbidden":
+                lines.append(f"guard '{name}': unknown option '{option}'. {did_you_mean(option, cls.model_fields)}")
+            else:
+                message = e["msg"].removeprefix("Value error, ")
+                lines.append(f"guard '{name}', option '{option}': {message} (given: {e.get('input')!r})")
+        raise AddlangError("; ".join(lines)) from None

@@ -1,0 +1,271 @@
+"""The self anchor: the source model writes its own source data and is held to its own distribution on them.
+
+Given nothing but the start of a user turn, an instruct model samples an instruction and then its answer (as Magpie does to
+make training data, arXiv 2406.08464). The source's top-k next-token probabilities on these conversations are stored once;
+while the model learns the target language, a share of every step's tokens is anchored to them by KL divergence. No source
+data, no judge, and no second model in memory.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from addlang.errors import AddlangError
+from addlang.guards.base import ActiveGuard, Guard, GuardContext
+
+if TYPE_CHECKING:
+    from addlang.guards.teacher import RowOrder, Teacher
+    from addlang.strategies.base import Attached
+
+_MARK = "\u2983user\u2984"
+
+
+class SelfAnchor(Guard):
+    """Our own method; ``docs/methods/self_anchor.md`` has its ablations."""
+
+    name = "self_anchor"
+    paper = "addlang (this project); sampling after Magpie (arXiv 2406.08464)"
+    summary = "hold the model to the source's own distribution on conversations that the source itself samples"
+
+    conversations: int = Field(2000, gt=0, description="conversations to keep after filtering")
+    share: float = Field(
+        0.3, gt=0, lt=0.9, description="share of every step's tokens that is anchored; counts towards the budget"
+    )
+    weight: float = Field(0.3, gt=0, description="weight of the anchor's mean term against the target's mean loss")
+    mode: Literal["kl", "replay", "both"] = Field(
+        "kl", description="KL to the source, next-token loss on its words, or both"
+    )
+    top_k: int = Field(64, gt=0, description="next-token probabilities stored per position; the rest is one bucket")
+    temperature: float = Field(1.0, gt=0, description="softens both distributions in the KL")
+    schedule: Literal["constant", "decay", "ramp"] = Field(
+        "constant", description="of the weight over the run: as it is, to 0, or from 0"
+    )
+    sampling_temperature: float = Field(1.0, gt=0, description="of instructions and answers")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus of sampling")
+    max_instruction_tokens: int = Field(128, gt=0)
+    max_answer_tokens: int = Field(256, gt=0)
+    attempts: float = Field(4.0, ge=1, description="give up after this many samples per conversation wanted")
+    language_filter: bool = Field(
+        False, description="drop conversations that py3langid does not call the source language"
+    )
+
+    @property
+    def token_share(self) -> float:
+        return self.share
+
+    def requires(self) -> frozenset[str]:
+        return frozenset({"chat_template"})
+
+    def start(self, context: GuardContext) -> ActiveGuard:
+        from addlang.data.cache import fingerprint, tokenizer_fingerprint
+        from addlang.guards.teacher import VERSION, RowOrder, Teacher, ask, pack_rows
+
+        made_by = {
+            k: v
+            for k, v in self.model_dump().items()
+            if k not in ("share", "weight", "mode", "temperature", "schedule")
+        }
+        key = fingerprint(
+            "self_anchor", VERSION, context.model_hash, tokenizer_fingerprint(context.tokenizer, chat=True),
+            made_by, context.seed, context.sequence_length, context.language,
+        )  # fmt: skip
+        directory = context.cache_dir / "anchors" / key
+        found = Teacher.load(directory)
+        if found is None:
+            conversations, about = sample_conversations(self, context)
+            tokens, positions = pack_rows(conversations, context.sequence_length, context.tokenizer.pad_token_id)
+            teacher = ask(
+                context.model,
+                tokens,
+                positions,
+                top_k=self.top_k,
+                rows_at_a_time=8,
+                autocast=context.autocast,
+                progress=context.progress,
+            )
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            teacher.save(directory, {**about, "rows": len(teacher), "tokens": int((positions >= 0).sum())})
+            found = Teacher.load(directory)
+            assert found is not None
+        teacher, about = found
+        # the target's rows are full; anchor rows are nearly so: as many per step as give the share asked for
+        per_row = about["tokens"] / len(teacher)
+        per_step = context.batch * context.sequence_length * self.share / (1 - self.share) / per_row
+        order = RowOrder(len(teacher), per_step, context.seed)
+        return _Active(self, teacher, order, about, context)
+
+
+class _Active(ActiveGuard):
+    def __init__(
+        self, guard: SelfAnchor, teacher: Teacher, order: RowOrder, about: dict[str, Any], context: GuardContext
+    ) -> None:
+        self.guard, self.teacher, self.order, self.about = guard, teacher, order, about
+        self.context = context
+        self.micro = max(1, (16_384 if context.device.type == "cuda" else 4_096) // context.sequence_length)
+
+    def tokens(self, step: int) -> int:
+        return int((self.teacher.positions[self.order.at(step)] >= 0).sum())
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "guard": self.guard.name,
+            **self.guard.model_dump(mode="json"),
+            **{f"sampled_{k}": v for k, v in self.about.items()},
+        }
+
+    def weight(self, step: int) -> float:
+        done = (step - 1) / max(1, self.context.steps - 1)
+        return self.guard.weight * {"constant": 1.0, "decay": 1 - done, "ramp": done}[self.guard.schedule]
+
+    def backward(self, attached: Attached, step: int) -> float:
+        import numpy as np
+        import torch
+
+        from addlang.guards.teacher import divergence, model_positions, slices
+
+        rows = self.order.at(step)
+        weight = self.weight(step)
+        total = int(self.teacher.valid[rows].sum()) if len(rows) else 0
+        if total == 0 or weight == 0.0:
+            return 0.0
+        device, value = self.context.device, 0.0
+        for piece in slices(rows, self.micro):
+            tokens = torch.from_numpy(np.ascontiguousarray(self.teacher.tokens[piece])).to(device)
+            places = torch.from_numpy(model_positions(np.ascontiguousarray(self.teacher.positions[piece]))).to(device)
+            valid = torch.from_numpy(np.ascontiguousarray(self.teacher.valid[piece])).to(device)
+            spans = [slice(self.teacher.starts[r], self.teacher.starts[r + 1]) for r in piece.tolist()]
+            with self.context.autocast():
+                logits = attached.model(input_ids=tokens, position_ids=places, use_cache=False).logits[valid]
+            term = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
+            if self.guard.mode in ("kl", "both"):
+                ids = torch.from_numpy(np.concatenate([self.teacher.ids[s] for s in spans])).to(device)
+                logp = torch.from_numpy(np.concatenate([self.teacher.logp[s] for s in spans])).to(device)
+                term = term + divergence(logits, ids, logp, self.guard.temperature).sum()
+            if self.guard.mode in ("replay", "both"):
+                following = tokens[:, 1:][valid[:, :-1]]
+                term = term + torch.nn.functional.cross_entropy(logits.to(term.dtype), following, reduction="sum")
+            term = weight * term / total
+            term.backward()
+            value += float(term.detach())
+        return value
+
+
+def sample_conversations(guard: SelfAnchor, context: GuardContext) -> tuple[list[list[int]], dict[str, Any]]:
+    """Conversations as token ids, and counts of what was sampled and why some of it was dropped.
+
+    Raises:
+        AddlangError: the model does not write usable conversations.
+    """
+    from addlang.data.chat import encode_conversation
+    from addlang.evaluate.generation import sample
+    from addlang.evaluate.generation import stop_ids as model_stops
+    from addlang.evaluate.replies import identify, is_degenerate
+
+    tokenizer = context.tokenizer
+    start, end = turn_frame(tokenizer)
+    end_ids = tokenizer(end, add_special_tokens=False)["input_ids"]
+    stops = {end_ids[0], *model_stops(context.model, tokenizer)}
+    prefix = tokenizer(start, add_special_tokens=False)["input_ids"]
+    special = set(tokenizer.all_special_ids)
+    kept: list[list[int]] = []
+    seen: set[str] = set()
+    dropped: Counter[str] = Counter()
+    drawn, block = 0, 0
+    settings: dict[str, Any] = {
+        "temperature": guard.sampling_temperature,
+        "top_p": guard.top_p,
+        "top_k": 0,
+        "repetition_penalty": 1.0,
+    }
+    while len(kept) < guard.conversations:
+        if drawn >= guard.attempts * guard.conversations:
+            raise AddlangError(
+                f"self_anchor: only {len(kept)} of {guard.conversations} conversations after {drawn} samples (dropped: {dict(dropped)})",
+                "the model does not write usable conversations of its own: lower conversations, raise attempts or "
+                "max_answer_tokens, or give replay data instead",
+            )
+        size = min(128, guard.conversations)
+        seed = context.seed * 1_000_003 + block
+        block += 1
+        drawn += size
+        asked = sample(
+            context.model, tokenizer, [prefix] * size, max_new_tokens=guard.max_instruction_tokens, batch_size=size,
+            stop_ids=stops, seed=2 * seed, **settings,
+        )  # fmt: skip
+        instructions = []
+        for ids in asked:
+            text = tokenizer.decode(ids, skip_special_tokens=False).strip()
+            reason = _unusable(ids, text, guard.max_instruction_tokens, special)
+            if reason is None and text in seen:
+                reason = "repeated instruction"
+            if reason is not None:
+                dropped[reason] += 1
+                continue
+            seen.add(text)
+            instructions.append(text)
+        if not instructions:
+            continue
+        prompts = [
+            tokenizer(_render(tokenizer, [{"role": "user", "content": t}], prompt=True), add_special_tokens=False)[
+                "input_ids"
+            ]
+            for t in instructions
+        ]
+        answers = sample(
+            context.model, tokenizer, prompts, max_new_tokens=guard.max_answer_tokens, batch_size=size,
+            stop_ids=stops, seed=2 * seed + 1, **settings,
+        )  # fmt: skip
+        for text, ids in zip(instructions, answers, strict=True):
+            answer = tokenizer.decode(ids, skip_special_tokens=False).strip()
+            reason = _unusable(ids, answer, guard.max_answer_tokens, special)
+            if reason is None and is_degenerate(answer):
+                reason = "degenerate answer"
+            if reason is None and guard.language_filter and identify(f"{text}\n{answer}")[0] != context.language:
+                reason = "another language"
+            if reason is not None:
+                dropped[reason] += 1
+                continue
+            whole, _ = encode_conversation(
+                [{"role": "user", "content": text}, {"role": "assistant", "content": answer}], tokenizer, loss_on="all"
+            )
+            if len(whole) > context.sequence_length:
+                dropped["longer than sequence_length"] += 1
+                continue
+            kept.append(whole)
+        context.progress(min(len(kept), guard.conversations), guard.conversations, "sampling conversations")
+    return kept[: guard.conversations], {"conversations": guard.conversations, "drawn": drawn, "dropped": dict(dropped)}
+
+
+def _unusable(ids: list[int], text: str, limit: int, special: set[int]) -> str | None:
+    """Why a sampled turn cannot be used, or None."""
+    if not text:
+        return "empty turn"
+    if len(ids) >= limit:
+        return "unfinished turn"
+    if any(i in special for i in ids):
+        return "control token inside a turn"
+    return None
+
+
+def turn_frame(tokenizer: Any) -> tuple[str, str]:
+    """What the chat template puts before a first user turn's words, and after them up to the answer.
+
+    Raises:
+        AddlangError: the template changes the words.
+    """
+    text = _render(tokenizer, [{"role": "user", "content": _MARK}], prompt=True)
+    if text.count(_MARK) != 1:
+        raise AddlangError(
+            "the chat template does not keep a user turn as it is, so conversations cannot be sampled from it"
+        )
+    before, after = text.split(_MARK)
+    if not after.strip():
+        raise AddlangError("the chat template has no end of a user turn, so sampled instructions would never end")
+    return before, after
+
+
+def _render(tokenizer: Any, messages: list[dict[str, str]], *, prompt: bool) -> str:
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
