@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from addlang.errors import AddlangError
 from addlang.recipe import Evaluation, Recipe
 
 
@@ -50,6 +51,7 @@ def evaluate_models(
     rows = [m.row(model=n, phase="", seed=0) for n in names for m in outcomes[n].measurements]
     comparison = compare(outcomes[against].measurements, outcomes[model].measurements) if against is not None else []
     if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
         write_text(output, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
     table = [
         [
@@ -113,7 +115,14 @@ def _measure(name: str, evaluation: Evaluation, recipe: Recipe) -> Any:
 
 def context_length(directory: Path) -> int:
     """Longest sequence that the model was made for, in tokens."""
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    return int(
-        config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings") or 512
-    )
+    file = directory / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        longest = config.get("max_position_embeddings") or config["text_config"]["max_position_embeddings"]
+    except (OSError, ValueError, AttributeError) as error:
+        raise AddlangError(f"{file} cannot be used: {error}", "copy the model again") from error
+    except (KeyError, TypeError):
+        raise AddlangError(
+            f"{file} does not say how long the model's context is", "set max_position_embeddings"
+        ) from None
+    return int(longest)

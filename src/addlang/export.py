@@ -89,6 +89,7 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     tmp = path.with_name(path.name + ".tmp")
     tmp.write_text(text, encoding="utf-8")
+    _sync(tmp)
     os.replace(tmp, path)
 
 

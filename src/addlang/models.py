@@ -83,7 +83,7 @@ def resolve(name: str, revision: str | None = None) -> Path:
         ) from error
 
 
-def load_tokenizer(directory: Path, chat_template: str | None = None) -> Any:
+def load_tokenizer(directory: Path, chat_template: Path | None = None) -> Any:
     """The fast tokenizer of a model directory, with a pad token.
 
     Args:
@@ -110,9 +110,9 @@ def load_tokenizer(directory: Path, chat_template: str | None = None) -> Any:
         tokenizer.pad_token = tokenizer.eos_token
     if chat_template is not None:
         try:
-            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
-        except OSError as error:
-            raise AddlangError(f"chat template '{chat_template}' cannot be read: {error.strerror}") from error
+            tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise AddlangError(f"chat template '{chat_template}' cannot be read: {error}") from error
     return tokenizer
 
 

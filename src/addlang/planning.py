@@ -30,7 +30,7 @@ def plan_run(recipe: Recipe, *, base_dir: Path | None = None) -> dict[str, Any]:
     from addlang.train.schedule import micro_batch
 
     source = resolve(recipe.model_name_or_path, recipe.revision)
-    tokenizer = load_tokenizer(source, recipe.chat_template)
+    tokenizer = load_tokenizer(source, recipe.template_path(base_dir))
     stored = Checkpoint(source)
     device = prepare_device(recipe)
     config = AutoConfig.from_pretrained(str(source), trust_remote_code=False)

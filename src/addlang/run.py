@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import platform
+import signal
 import time
 import warnings
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from addlang.errors import AddlangError, AddlangWarning, ProofError
+from addlang.errors import AddlangError, AddlangWarning, PreemptedError, ProofError
 from addlang.recipe import Phase, Recipe
 from addlang.rundir import RunDir
 
@@ -40,14 +41,15 @@ def execute(recipe: Recipe, *, overwrite: bool = False, base_dir: Path | None = 
     sitting = time.monotonic()
     before = run.state.get("seconds", 0.0)
     try:
-        with collected_warnings(run):
+        with terminable(), collected_warnings(run):
             device = prepare_device(recipe)
             run.update(versions=versions(), device=describe(device))
             from addlang.models import load_tokenizer, resolve
 
             source = resolve(recipe.model_name_or_path, recipe.revision)
-            tokenizer = load_tokenizer(source, recipe.chat_template)
+            tokenizer = load_tokenizer(source, recipe.template_path(base_dir))
             check_model(recipe, source, tokenizer)
+            check_calibration(run, tokenizer, base_dir)
             data = [prepare_data(recipe, phase, tokenizer, device, base_dir, run) for phase in recipe.phases]
             evaluate(run, "before", source, tokenizer, data, device, base_dir)
             start = source
@@ -63,9 +65,9 @@ def execute(recipe: Recipe, *, overwrite: bool = False, base_dir: Path | None = 
     except BaseException:
         with contextlib.suppress(OSError):
             run.update(seconds=before + time.monotonic() - sitting)
+        run.abandon()
         raise
-    finally:
-        run.close()
+    run.close()
     return run.path
 
 
@@ -79,17 +81,20 @@ def adapt(
     base_dir: Path | None,
 ) -> None:
     """Plan, attach, train, export and prove one phase."""
+    from addlang.train import checkpoint
+
+    directory = run.phase_dir(phase)
     if run.done(f"proof:{phase.name}"):
+        checkpoint.clear(directory)  # if a kill came between the two
+        require_proof(run, phase)
         return
     import torch
 
     from addlang.export import export
     from addlang.models import Checkpoint, load_model
-    from addlang.train import checkpoint
     from addlang.train.loop import Schedule, compute_dtype, train
     from addlang.train.schedule import micro_batch
 
-    directory = run.phase_dir(phase)
     stored = Checkpoint(source)
     dtype = stored.dtype if compute_dtype(phase, device) in (None, torch.bfloat16) else torch.float32
     model = load_model(source, dtype=dtype, device=device)
@@ -101,17 +106,22 @@ def adapt(
     seed = run.recipe.seed
     result = train(attached, data, phase, directory, device=device, schedule=schedule, seed=seed, guards=guards)
     export(stored, attached, plan, directory)
-    proof = prove_phase(run, phase, source)
-    checkpoint.clear(directory)
+    prove_phase(run, phase, source)
     trained = {
         **run.state.get("train", {}),
         phase.name: {"steps": result.steps, "tokens": result.tokens, "seconds": result.seconds, "loss": result.loss},
     }
     run.finish(f"proof:{phase.name}", train=trained)
-    if not proof["ok"]:
-        raise ProofError(
-            f"{proof['frozen_changed']} frozen elements of phase '{phase.name}' changed; see {run.path / 'proof.json'}"
-        )
+    checkpoint.clear(directory)
+    require_proof(run, phase)
+
+
+def require_proof(run: RunDir, phase: Phase) -> None:
+    """Raise ProofError, now and whenever the run is continued, if something that was frozen has changed."""
+    proofs = json.loads((run.path / "proof.json").read_text(encoding="utf-8"))["phases"]
+    changed = next(p["frozen_changed"] for p in proofs if p["phase"] == phase.name)
+    if changed:
+        raise ProofError(f"{changed} frozen elements of phase '{phase.name}' changed; see {run.path / 'proof.json'}")
 
 
 def make_plan(
@@ -126,6 +136,11 @@ def make_plan(
     path = run.plan_path(phase)
     if run.done(f"plan:{phase.name}"):
         plan = FreezePlan.load(path)
+        if plan.model_hash != model_hash:
+            raise AddlangError(
+                f"the weights that phase '{phase.name}' starts from have changed since this run planned on them",
+                "restore them, or start again with --overwrite",
+            )
         plan.validate(model)
         return plan
     with progress(f"scoring for {phase.strategy.name}", unit="sequences") as bar:
@@ -199,7 +214,7 @@ def _advance(bar: Any, done: int, total: int) -> None:
     bar.update(done)
 
 
-def prove_phase(run: RunDir, phase: Phase, source: Path) -> dict[str, Any]:
+def prove_phase(run: RunDir, phase: Phase, source: Path) -> None:
     """Recompute the proof of one phase from the two checkpoints and write it into ``proof.json``."""
     from addlang.freeze.plan import FreezePlan
     from addlang.freeze.proof import prove
@@ -213,13 +228,16 @@ def prove_phase(run: RunDir, phase: Phase, source: Path) -> dict[str, Any]:
     phases = json.loads(path.read_text(encoding="utf-8"))["phases"] if path.is_file() else []
     phases = [p for p in phases if p["phase"] != phase.name] + [proof]
     run.write_json("proof.json", {"ok": all(p["ok"] for p in phases), "phases": phases})
-    return proof
 
 
 def prepare_data(
     recipe: Recipe, phase: Phase, tokenizer: Any, device: torch.device, base_dir: Path | None, run: RunDir
 ) -> PhaseData:
-    """Read, split and pack a phase's data and put its card into the state."""
+    """Read, split and pack a phase's data and put its card into the state.
+
+    Raises:
+        AddlangError: they are not what this run began with, so that it cannot be continued.
+    """
     from addlang.data.prepare import prepare
     from addlang.progress import note, progress
 
@@ -232,6 +250,12 @@ def prepare_data(
             bar.update(rows)
 
         data = prepare(recipe, phase, tokenizer, base_dir=base_dir, progress=count)
+    known = run.state.get("data", {}).get(phase.name)
+    if run.done("evaluate:before") and known is not None and known != json.loads(json.dumps(data.card)):
+        raise AddlangError(
+            f"the data of phase '{phase.name}' have changed since this run began ({', '.join(data.paths)})",
+            "restore the files, or start again with --overwrite",
+        )
     for message in data.card["notes"]:
         note(message)
     run.update(data={**run.state.get("data", {}), phase.name: data.card})
@@ -325,15 +349,23 @@ def check_requirements(recipe: Recipe) -> None:
 
 
 def check_model(recipe: Recipe, source: Path, tokenizer: Any) -> None:
-    """What the model's directory must offer: a context long enough, and a chat template where conversations are scored.
+    """What the model's directory must offer: whole files, a long enough context, a chat template to score conversations.
 
     Raises:
-        AddlangError: ``sequence_length`` is longer than the model's context, or there is no chat template.
+        AddlangError: naming what is missing, torn or too short.
     """
     from addlang.data.chat import require_chat_template
     from addlang.evaluation import context_length
+    from addlang.models import Checkpoint
 
+    Checkpoint(source)  # complete and whole, as its headers say
     longest = context_length(source)
+    window = recipe.evaluation.sequence_length
+    if window is not None and window > longest:
+        raise AddlangError(
+            f"evaluation.sequence_length {window} is longer than the model's context of {longest} tokens",
+            f"set it to {longest} or less",
+        )
     for phase in recipe.phases:
         if phase.sequence_length > longest:
             raise AddlangError(
@@ -343,6 +375,19 @@ def check_model(recipe: Recipe, source: Path, tokenizer: Any) -> None:
     needs = [what for p in recipe.phases for part in (p.strategy, *p.all_guards) for what in part.requires()]
     if "source_text" in needs or "chat_template" in needs:
         require_chat_template(tokenizer)
+
+
+def check_calibration(run: RunDir, tokenizer: Any, base_dir: Path | None) -> None:
+    """Read the calibration data of what is still to be planned, so that an error does not come after the evaluation."""
+    from addlang.data.calibration import calibration_batches
+
+    for phase in run.recipe.phases:
+        if "source_text" in phase.strategy.requires() and not run.done(f"plan:{phase.name}"):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", AddlangWarning)  # they come again, and to the report, when it is used
+                calibration_batches(
+                    phase.calibration, tokenizer, language=run.recipe.source_language, base_dir=base_dir
+                )
 
 
 def prepare_device(recipe: Recipe) -> torch.device:
@@ -379,6 +424,32 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         **{p: version(p) for p in ("addlang", "torch", "transformers", "datasets", "numpy")},
     }
+
+
+class _Terminated(BaseException):
+    """SIGTERM, on its way up: no handler of errors takes it for one."""
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM ends the run at once, with the stages so far kept. While training the loop saves its state first."""
+
+    def handle(*_: object) -> None:
+        raise _Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, handle)
+    except ValueError:  # not the main thread: signals stay with whoever owns them
+        yield
+        return
+    try:
+        yield
+    except _Terminated:
+        raise PreemptedError(
+            "stopped by SIGTERM; what was complete is saved", "run the same command again to continue"
+        ) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

@@ -15,10 +15,16 @@ from typing import Any
 import yaml
 
 from addlang.errors import AddlangError
-from addlang.export import write_json
+from addlang.export import CONFIG_FILES, write_json, write_text
 from addlang.recipe import Phase, Recipe
 
 STATE = "state.json"
+LOCK = ".lock"
+OWN = (
+    STATE, "recipe.yaml", "README.md", "report.html", "freeze_plan.safetensors", "metrics.jsonl", "results.jsonl",
+    "comparison.json", "proof.json", "bad_batch.json", "samples", "phases", "checkpoint-*", "addlang", "*.tmp",
+    "model*.safetensors", "model.safetensors.index.json", *CONFIG_FILES,
+)  # fmt: skip
 
 
 class RunDir:
@@ -41,12 +47,25 @@ class RunDir:
         run = cls(path, recipe)
         try:
             path.mkdir(parents=True, exist_ok=True)
+            run._refuse_strangers()  # before anything is written
             run._acquire()
-            if (path / STATE).is_file() and (overwrite or run._is_a_stranger_without_results()):
+        except PermissionError as error:
+            raise AddlangError(
+                f"output directory '{path}' is not writable ({error.strerror})", "choose another --output_dir"
+            ) from None
+        except (NotADirectoryError, FileExistsError):
+            raise AddlangError(f"output directory '{path}' is a file", "choose another --output_dir") from None
+        except OSError as error:
+            raise AddlangError(
+                f"output directory '{path}' cannot be used ({error.strerror})", "choose another --output_dir"
+            ) from None
+        try:
+            if (path / STATE).is_file() and (overwrite or run._is_another_recipe_without_results()):
                 run._clear()
-            run._check_ownership()
-            if not (path / STATE).is_file():
-                run.write_text("recipe.yaml", yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True))
+            run._sweep()  # what a killed process was writing
+            if (path / STATE).is_file():
+                run._check_recipe()
+            else:
                 run.update(
                     status="running",
                     fingerprint=recipe.fingerprint,
@@ -55,35 +74,33 @@ class RunDir:
                     warnings=[],
                     seconds=0.0,
                 )
-        except PermissionError as error:
-            raise AddlangError(
-                f"output directory '{path}' is not writable ({error.strerror})", "choose another --output_dir"
-            ) from None
-        except (NotADirectoryError, FileExistsError):
-            raise AddlangError(f"output directory '{path}' is a file", "choose another --output_dir") from None
+            if not (path / "recipe.yaml").is_file():
+                run.write_text("recipe.yaml", yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True))
+        except BaseException:
+            run.close()
+            raise
         return run
 
-    def _is_a_stranger_without_results(self) -> bool:
+    def _refuse_strangers(self) -> None:
+        """Raise unless the directory is empty, a run of ours, or what is left of one that was killed as it began."""
+        if _is_run(self.path):
+            return
+        for p in sorted(self.path.iterdir()):
+            if p.name in (LOCK, STATE + ".tmp"):
+                continue
+            raise AddlangError(
+                f"'{self.path}' is not empty and is no run of addlang (it has '{p.name}')",
+                "choose another --output_dir",
+            )
+
+    def _is_another_recipe_without_results(self) -> bool:
         """A run of another recipe that ended before anything was computed, as after a mistyped path: nothing is lost."""
         state = self.state
-        started = any(state.get("stages", {}).values()) or any(self.path.rglob("checkpoint-*"))
-        return state.get("fingerprint") != self.recipe.fingerprint and not started
+        started = any(state["stages"].values()) or any(self.path.rglob("checkpoint-*"))
+        return state["fingerprint"] != self.recipe.fingerprint and not started
 
-    def _check_ownership(self) -> None:
-        if not (self.path / STATE).is_file():
-            strangers = [
-                p.name
-                for p in self.path.iterdir()
-                if p.name != ".lock" and not p.name.endswith(".tmp") and p.name != "recipe.yaml"
-            ]
-            if strangers:
-                raise AddlangError(
-                    f"'{self.path}' is not empty and is no run of addlang (it has '{sorted(strangers)[0]}')",
-                    "choose another --output_dir",
-                )
-            return
-        state = self.state
-        if state.get("fingerprint") != self.recipe.fingerprint:
+    def _check_recipe(self) -> None:
+        if self.state["fingerprint"] != self.recipe.fingerprint:
             changed = (
                 ", ".join(_differences(self._stored_recipe(), self.recipe.resolved())) or "settings of another version"
             )
@@ -91,11 +108,16 @@ class RunDir:
                 f"'{self.path}' holds a run of another recipe; different: {changed}",
                 "run the same settings to continue it, choose another --output_dir, or start again with --overwrite",
             )
-        if state.get("status") == "finished":
+        if self.finished:
             raise AddlangError(
                 f"'{self.path}' holds a finished run",
                 f"see {self.path / 'report.html'}; start again with --overwrite, or choose another --output_dir",
             )
+
+    @property
+    def finished(self) -> bool:
+        """Every stage is complete and the report, which is written last, is there."""
+        return self.state.get("status") == "finished" and (self.path / "report.html").is_file()
 
     def _stored_recipe(self) -> dict[str, Any]:
         try:
@@ -105,29 +127,45 @@ class RunDir:
         return data if isinstance(data, dict) else {}
 
     def _acquire(self) -> None:
-        handle = open(self.path / ".lock", "w")  # noqa: SIM115 - held until the process ends or close()
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            handle.close()
-            raise AddlangError(
-                f"another process is running in '{self.path}'", "wait for it, or choose another --output_dir"
-            ) from None
+        while True:
+            handle = open(self.path / LOCK, "w")  # noqa: SIM115 - held until the process ends or close()
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                handle.close()
+                raise AddlangError(
+                    f"another process is running in '{self.path}'", "wait for it, or choose another --output_dir"
+                ) from None
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(handle.fileno()), os.stat(self.path / LOCK)):
+                    break
+            handle.close()  # its holder removed the file between open and flock: that lock excludes nobody
         self._lock = handle
 
     def close(self) -> None:
         """Let other processes in."""
         if self._lock is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.path / ".lock")
+            with contextlib.suppress(OSError):
+                os.unlink(self.path / LOCK)
             self._lock.close()
             self._lock = None
 
     def _clear(self) -> None:
-        for p in self.path.iterdir():
-            if p.name == ".lock":
-                continue
+        """Remove what a run writes, ``state.json`` last so that a kill in between leaves a run; other files stay."""
+        for pattern in reversed(OWN):  # OWN begins with state.json
+            for p in self.path.glob(pattern):
+                shutil.rmtree(p) if p.is_dir() and not p.is_symlink() else p.unlink()
+
+    def _sweep(self) -> None:
+        """Remove files that were being written when a process was killed or the disk was full."""
+        for p in [*self.path.glob("*.tmp"), *(self.path / "samples").rglob("*.tmp"), *self.path.glob("phases/*/*.tmp")]:
             shutil.rmtree(p) if p.is_dir() and not p.is_symlink() else p.unlink()
+
+    def abandon(self) -> None:
+        """After an error: leave no half-written file, and let other processes in."""
+        with contextlib.suppress(OSError):
+            self._sweep()
+        self.close()
 
     @property
     def state(self) -> dict[str, Any]:
@@ -166,10 +204,7 @@ class RunDir:
         return self.phase_dir(phase) / "freeze_plan.safetensors"
 
     def write_text(self, name: str, text: str) -> None:
-        path = self.path / name
-        tmp = path.with_name(path.name + ".tmp")
-        tmp.write_text(text, encoding="utf-8")
-        os.replace(tmp, path)
+        write_text(self.path / name, text)
 
     def write_jsonl(self, name: str, rows: list[dict[str, Any]]) -> None:
         path = self.path / name
@@ -195,8 +230,24 @@ def read_state(path: Path) -> dict[str, Any]:
         ) from None
     except ValueError as error:
         raise AddlangError(f"{file} is torn ({error})", "start the run again with --overwrite") from error
-    assert isinstance(data, dict)
+    if not isinstance(data, dict) or "stages" not in data:
+        raise AddlangError(f"{file} is no state of an addlang run", "give the --output_dir of a run")
     return data
+
+
+def _is_run(path: Path) -> bool:
+    """Whether a directory holds a run: a state with our keys, or a torn one beside a recipe of ours."""
+    try:
+        data = json.loads((path / STATE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    except ValueError:
+        try:
+            recipe = yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            return False
+        return isinstance(recipe, dict) and {"model_name_or_path", "output_dir", "phases"} <= set(recipe)
+    return isinstance(data, dict) and {"fingerprint", "stages"} <= set(data)
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> Iterator[str]:

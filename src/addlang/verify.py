@@ -20,6 +20,8 @@ def verify_run(path: Path, source: str | None = None) -> dict[str, Any]:
 
     Raises:
         AddlangError: no run, files are missing or torn, or the source is another model than the run's.
+
+    Phases after one whose proof fails are not looked at: what they started from is not what was trained.
     """
     from addlang.freeze.plan import FreezePlan
     from addlang.freeze.proof import prove
@@ -39,4 +41,6 @@ def verify_run(path: Path, source: str | None = None) -> dict[str, Any]:
         plan = FreezePlan.load(run.plan_path(phase))
         proofs.append({"phase": phase.name, **prove(Checkpoint(begin), Checkpoint(run.phase_dir(phase)), plan)})
         start = run.phase_dir(phase)
+        if not proofs[-1]["ok"]:
+            break
     return {"ok": all(p["ok"] for p in proofs), "phases": proofs}
