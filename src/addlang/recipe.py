@@ -285,7 +285,7 @@ class Evaluation(Strict):
         (), description="held-out target text; empty: split off the training data"
     )
     tasks: Annotated[tuple[str, ...], BeforeValidator(parse_list)] = Field(
-        (), description="'lab', lm-eval task names, or paths of task YAML files"
+        (), description="'lab', 'lab-target', lm-eval task names, or paths of task YAML files"
     )
     task_roles: Mapping[str, Literal["source", "target", "safety"]] = Field(
         {}, description="role of a task; default: source"

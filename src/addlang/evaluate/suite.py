@@ -19,10 +19,10 @@ from typing import Any
 
 from addlang.errors import AddlangError, AddlangWarning
 from addlang.evaluate import cloze, exact_match, perplexity, replies
-from addlang.evaluate.measurement import Measurement, NotMeasuredError, NotRun, Outcome
+from addlang.evaluate.measurement import Measurement, NotMeasuredError, NotRun, Outcome, Role
 from addlang.recipe import DatasetSpec, Evaluation, RepliesEvaluation
 
-LAB = "lab"
+LAB, LAB_TARGET = "lab", "lab-target"
 LAB_ITEMS, LAB_SEED, LAB_CLOZE = 480, 1, 200
 LAB_REPLY = 48  # tokens; the longest answer of the lab's tasks has fewer
 
@@ -112,7 +112,9 @@ def build_suite(
         add(full, run, perplexity.VERSION, role, language, sequence_length, documents)
     for name in evaluation.tasks:
         if name == LAB:
-            _add_lab(add, evaluation, source_language, target_language)
+            _add_lab(add, evaluation, target_language)
+        elif name == LAB_TARGET:
+            _add_lab_tasks(add, evaluation, target_language, evaluation.task_roles.get(LAB_TARGET, "target"))
         else:
             _add_harness(add, name, evaluation, tokenizer, source_language, target_language, base_dir)
     if evaluation.replies is not None:
@@ -209,31 +211,12 @@ def _builtin_texts() -> list[tuple[str, str]]:
     return [(f"source_en:{i}", json.loads(line)["text"]) for i, line in enumerate(lines, 1)]
 
 
-def _add_lab(add: Callable[..., None], evaluation: Evaluation, source_language: str, target_language: str) -> None:
-    """The embedded world: its tasks in the source language, and tasks and facts in the target language where it has it."""
+def _add_lab(add: Callable[..., None], evaluation: Evaluation, target_language: str) -> None:
+    """The embedded world: its English tasks, and facts in the target language where the world has it."""
     from addlang.lab import world
 
-    languages = [("en", "lab tasks", "source")]
-    if target_language in world.LANGUAGES and target_language != source_language:
-        languages.append((target_language, f"lab tasks ({target_language})", "target"))
-    for language, name, role in languages:
-        items = [
-            exact_match.Question(item.id, item.prompt, item.answer, item.task)
-            for item in world.exact_match_items(min(LAB_ITEMS, evaluation.limit or LAB_ITEMS), LAB_SEED, language)
-        ]
-        role = evaluation.task_roles.get(LAB, role) if role == "source" else role
-        run = _measured(
-            exact_match.exact_match,
-            items,
-            max_new_tokens=LAB_REPLY,
-            batch_size=evaluation.batch_size,
-            task=name,
-            role=role,
-            language=language,
-            score=_lab_score,
-        )
-        add(name, run, exact_match.VERSION, role, language, [vars(i) for i in items])
-    if len(languages) == 1:
+    _add_lab_tasks(add, evaluation, "en", evaluation.task_roles.get(LAB, "source"))
+    if target_language not in world.LANGUAGES or target_language == "en":
         return
     count = min(LAB_CLOZE, evaluation.limit or LAB_CLOZE)
     facts = [
@@ -249,6 +232,28 @@ def _add_lab(add: Callable[..., None], evaluation: Evaluation, source_language: 
         language=target_language,
     )
     add(name, run, cloze.VERSION, target_language, [vars(c) for c in facts])
+
+
+def _add_lab_tasks(add: Callable[..., None], evaluation: Evaluation, language: str, role: Role) -> None:
+    """The world's instruction tasks in one of its languages."""
+    from addlang.lab import world
+
+    items = [
+        exact_match.Question(item.id, item.prompt, item.answer, item.task)
+        for item in world.exact_match_items(min(LAB_ITEMS, evaluation.limit or LAB_ITEMS), LAB_SEED, language)
+    ]
+    name = "lab tasks" if language == "en" else f"lab tasks ({language})"
+    run = _measured(
+        exact_match.exact_match,
+        items,
+        max_new_tokens=LAB_REPLY,
+        batch_size=evaluation.batch_size,
+        task=name,
+        role=role,
+        language=language,
+        score=_lab_score,
+    )
+    add(name, run, exact_match.VERSION, role, language, [vars(i) for i in items])
 
 
 def _lab_score(reply: str, question: exact_match.Question) -> bool:

@@ -154,7 +154,7 @@ def recipe_data(arm: Arm, seed: int, root: Path) -> dict[str, Any]:
             "batch_size": 25,
         },
         "evaluation": {
-            "tasks": ["lab"],
+            "tasks": ["lab"] if arm.experiment.startswith("cpt") else ["lab", "lab-target"],
             "replies": None,
             "source_datasets": [{"path": str(data / "english-heldout.jsonl"), "role": "source"}],
             "target_datasets": [{"path": str(data / f"{arm.data}-heldout.jsonl")}],
