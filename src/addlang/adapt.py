@@ -38,6 +38,8 @@ def adapt_recipe(
     Raises:
         AddlangError: every problem at once.
     """
+    from addlang.strategies import load_strategy
+
     if weights and len(weights) != len(texts):
         raise AddlangError(
             f"{len(texts)} texts but {len(weights)} weights",
@@ -67,23 +69,23 @@ def adapt_recipe(
             data["calibration"] = {"sequence_length": 128}
     if calibration is not None:
         data["calibration"]["datasets"] = [{"path": calibration, "role": "source"}]
-    for key, value in extra:
-        _place(data, key.replace("-", "_"), value, strategy)
-    return Recipe.parse(data, where="addlang adapt")
+    try:
+        options = set(load_strategy(strategy).model_fields)
+    except AddlangError:  # unknown: the recipe says so, beside its other problems
+        options = set()
+    unknown = [hint for key, value in extra if (hint := _place(data, key.replace("-", "_"), value, options))]
+    return Recipe.parse(data, where="addlang adapt", files=True, problems=unknown)
 
 
-def _place(data: dict[str, Any], key: str, value: Any, strategy: str) -> None:
-    """Put ``--key value`` where the recipe has that key."""
-    from addlang.strategies import load_strategy
-
-    options = set(load_strategy(strategy).model_fields)
+def _place(data: dict[str, Any], key: str, value: Any, options: set[str]) -> str | None:
+    """Put ``--key value`` where the recipe has that key; the problem if it has none."""
     head, dot, rest = key.partition(".")
     if dot and head in ("strategy", "evaluation", "calibration"):
         data[head][rest] = value
     elif dot and head in Evaluation.model_fields:
         inner = data["evaluation"].setdefault(head, {})
         if not isinstance(inner, dict):
-            raise AddlangError(f"--{key}: '{head}' is already set to a plain value")
+            return f"--{key}: '{head}' is already set to a plain value"
         inner[rest] = value
     elif key in Recipe.model_fields or key in Phase.model_fields:
         data[key] = value
@@ -94,9 +96,8 @@ def _place(data: dict[str, Any], key: str, value: Any, strategy: str) -> None:
     else:
         known = {*Recipe.model_fields, *Phase.model_fields, *Evaluation.model_fields, *options} - {"phases", "name"}
         alias = ALIASES.get(key)
-        raise AddlangError(
-            f"unknown option --{key}", f"addlang calls it '{alias}'" if alias else did_you_mean(key, known)
-        )
+        return f"--{key}: unknown option. " + (f"addlang calls it '{alias}'" if alias else did_you_mean(key, known))
+    return None
 
 
 def lab_calibration() -> str:

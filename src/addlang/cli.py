@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -190,19 +192,15 @@ def parse_overrides(arguments: list[str]) -> list[tuple[str, Any]]:
 
 
 def parse_value(text: str) -> Any:
-    """A YAML scalar or list; also ``1e-4``, which YAML 1.1 would read as a string."""
+    """A YAML scalar or list, as it would be read in a recipe."""
     import yaml
 
+    from addlang import strictyaml
+
     try:
-        value = yaml.safe_load(text)
+        return strictyaml.read(text)
     except yaml.YAMLError:
         return text
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 @app.command(context_settings=EXTRA)
@@ -399,20 +397,31 @@ def main() -> None:
     as_json = "--json" in sys.argv
     show_warnings()
     try:
+        if as_json:  # its usage errors too are one JSON document
+            sys.exit(app(standalone_mode=False))
         app()
     except AddlangError as error:
         _fail(str(error), error.exit_code, as_json)
-    except OSError as error:
-        if error.errno not in MENDABLE:
-            raise
-        where = f" ({error.filename})" if error.filename else ""
-        _fail(
-            f"{error.strerror or error}{where}\n  fix: free space or fix the permissions, then run the same command again: it continues",
-            1,
-            as_json,
-        )
     except KeyboardInterrupt:
         _fail("interrupted; run the same command again to continue", 130, as_json)
+    except Exception as error:
+        known = _explain(error)
+        if known is None:
+            raise
+        _fail(*known, as_json)
+
+
+def _explain(error: Exception) -> tuple[str, int] | None:
+    """Message and exit code of an error that is neither addlang's nor a bug: usage, disk, permissions."""
+    if hasattr(error, "format_message"):  # the CLI library's own
+        return error.format_message(), int(getattr(error, "exit_code", 2))
+    number, where = getattr(error, "errno", None), getattr(error, "filename", None)
+    if inside := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors does not raise OSError
+        number = int(inside[1])
+    if number not in MENDABLE:
+        return None
+    what = os.strerror(number) + (f" ({where})" if where else "")
+    return f"{what}\n  fix: free space or fix the permissions, then run the same command again: it continues", 1
 
 
 def show_warnings() -> None:

@@ -377,7 +377,13 @@ class Recipe(Strict):
 
     @classmethod
     def parse(
-        cls, data: Mapping[str, Any], where: str = "recipe", *, files: bool = False, base_dir: Path | None = None
+        cls,
+        data: Mapping[str, Any],
+        where: str = "recipe",
+        *,
+        files: bool = False,
+        base_dir: Path | None = None,
+        problems: Sequence[str] = (),
     ) -> Recipe:
         """Validate plain data; see :meth:`load`.
 
@@ -385,13 +391,14 @@ class Recipe(Strict):
             where: what the data came from, for messages.
             files: also check that every local file it names exists.
             base_dir: directory against which relative paths are resolved; None: the working directory.
+            problems: found already; reported with those found here.
         """
         data = dict(data)
         flat = "phases" not in data
         if flat:
             phase = {k: data.pop(k) for k in list(data) if k in Phase.model_fields and k not in cls.model_fields}
             data["phases"] = [phase]
-        problems = [*_conflicts(data, flat), *(_missing_files(data, flat, base_dir) if files else ())]
+        problems = [*problems, *_conflicts(data, flat), *(_missing_files(data, flat, base_dir) if files else ())]
         try:
             recipe = cls.model_validate(data)
         except ValidationError as error:
