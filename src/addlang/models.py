@@ -116,11 +116,21 @@ def load_tokenizer(directory: Path, chat_template: Path | None = None) -> Any:
     return tokenizer
 
 
-def load_model(directory: Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Any:
+def load_model(
+    directory: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    attn_implementation: str | None = None,
+) -> Any:
     """A causal language model in the checkpoint's own dtype (or ``dtype``), without dropout, in eval mode.
 
+    Args:
+        attn_implementation: passed to transformers; None: its default.
+
     Raises:
-        AddlangError: weights are missing, pickled, quantised, or of an architecture that is not a causal LM.
+        AddlangError: weights are missing, pickled, quantised, or of an architecture that is not a causal LM; the
+            attention implementation is not installed.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
@@ -145,7 +155,13 @@ def load_model(directory: Path, *, dtype: torch.dtype | None = None, device: str
             dtype=dtype or checkpoint.dtype,
             use_safetensors=True,
             trust_remote_code=False,
+            attn_implementation=attn_implementation,
         )
+    except ImportError as error:
+        raise AddlangError(
+            f"attn_implementation '{attn_implementation}' cannot be used: {_first_line(error)}",
+            "install its package, or use attn_implementation: sdpa",
+        ) from error
     except (OSError, ValueError, RuntimeError) as error:
         raise AddlangError(f"{directory}: the model cannot be loaded: {_first_line(error)}") from error
     model.to(device)

@@ -7,12 +7,14 @@ values are copied back after every optimizer step. Tensor hooks are not used: th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from addlang.strategies.base import Attached
+from addlang.train.shard import local_part, whole
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,7 +29,8 @@ class Masked(Attached):
 
     def __init__(self, model: nn.Module, plan: FreezePlan, *, masters: bool = True) -> None:
         super().__init__(model, plan)
-        self._partial: list[tuple[nn.Parameter, Frozen, Tensor]] = []
+        self._partial: dict[str, tuple[Frozen, Tensor]] = {}  # what is frozen of a parameter, and its values
+        self._cut = False  # whether that is this process's part only
         for name, p in model.named_parameters():
             entry = plan[name]
             p.requires_grad_(entry.kind != "all")
@@ -37,19 +40,54 @@ class Masked(Attached):
                 p.data = p.data.float()
             if entry.kind != "none":
                 index = _on(entry, p.device)
-                self._partial.append((p, index, select_frozen(p.detach(), index).clone()))
+                self._partial[name] = (index, select_frozen(p.detach(), index).clone())
 
     def before_clip(self, step: int) -> None:
         """Set the gradients of frozen elements to zero, so that clipping and moments see only what is trained."""
-        for p, entry, _ in self._partial:
-            if p.grad is not None:
-                fill_frozen(p.grad, entry, 0.0)
+        with torch.no_grad():
+            for p, entry, _ in self._parts():
+                if p.grad is not None:
+                    fill_frozen(local_part(p.grad)[0], entry, 0.0)
 
     def after_step(self, step: int) -> None:
         """Put the frozen elements back bit for bit: weight decay has moved them."""
         with torch.no_grad():
-            for p, entry, values in self._partial:
-                fill_frozen(p, entry, values)
+            for p, entry, values in self._parts():
+                fill_frozen(local_part(p)[0], entry, values)
+
+    def export(self) -> Iterator[tuple[str, Tensor]]:
+        """Every trained parameter; gathered from all processes where it is sharded (all must call)."""
+        for n, p in self.named_trainable():
+            yield n, whole(p)
+
+    def _parts(self) -> Iterator[tuple[nn.Parameter, Frozen, Tensor]]:
+        """Partly frozen parameters with what is frozen of them here; looked up anew, for sharding replaces them."""
+        parameters = dict(self.model.named_parameters())
+        if not self._cut:
+            for name, (entry, values) in self._partial.items():
+                local, start = local_part(parameters[name])
+                entry, values = cut(entry, values, start, local.shape[0])
+                self._partial[name] = (_on(entry, local.device), values.to(local.device))
+            self._cut = True
+        for name, (entry, values) in self._partial.items():
+            yield parameters[name], entry, values
+
+
+def cut(entry: Frozen, values: Tensor, start: int, count: int) -> tuple[Frozen, Tensor]:
+    """What of ``entry`` and its ``values`` lies in the rows ``start`` .. ``start + count - 1`` of the tensor."""
+    from addlang.freeze.plan import Frozen
+
+    if count == entry.shape[0]:
+        return entry, values
+    shape = (count, *entry.shape[1:])
+    assert entry.index is not None
+    if entry.kind == "elements":
+        before, here = int(entry.index[:start].sum()), entry.index[start : start + count]
+        return Frozen(shape, "elements", here.clone()), values[before : before + int(here.sum())].clone()
+    if entry.kind == "columns" and len(shape) > 1:
+        return Frozen(shape, "columns", entry.index), values[start : start + count].clone()
+    inside = (entry.index >= start) & (entry.index < start + count)
+    return Frozen(shape, entry.kind, entry.index[inside] - start), values[inside].clone()
 
 
 def _on(entry: Frozen, device: torch.device) -> Frozen:

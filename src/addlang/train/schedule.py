@@ -19,21 +19,23 @@ def budget(phase: Phase, available: int) -> int:
     return phase.tokens if phase.tokens is not None else min(PAPER_TOKENS, available)
 
 
-def global_batch(phase: Phase, tokens: int) -> tuple[int, str | None]:
-    """Sequences per optimizer step, and a note where the paper's 32 was scaled to a small budget.
+def global_batch(phase: Phase, tokens: int, devices: int = 1) -> tuple[int, str | None]:
+    """Sequences per optimizer step over all devices, and a note where the paper's 32 was scaled to a small budget.
 
     Raises:
         AddlangError: batch_size contradicts per_device_train_batch_size x gradient_accumulation_steps.
     """
     micro, accumulation = phase.per_device_train_batch_size, phase.gradient_accumulation_steps
     if micro and accumulation:
-        if phase.batch_size is not None and micro * accumulation != phase.batch_size:
+        product = micro * accumulation * devices
+        if phase.batch_size is not None and product != phase.batch_size:
+            times = f" x {devices} devices" if devices > 1 else ""
             raise AddlangError(
-                f"per_device_train_batch_size {micro} x gradient_accumulation_steps {accumulation} is {micro * accumulation}, "
+                f"per_device_train_batch_size {micro} x gradient_accumulation_steps {accumulation}{times} is {product}, "
                 f"but batch_size is {phase.batch_size}",
                 "leave one of the three out",
             )
-        return micro * accumulation, None
+        return product, None
     if phase.batch_size is not None:
         return phase.batch_size, None
     batch = PAPER_BATCH
@@ -48,20 +50,25 @@ def global_batch(phase: Phase, tokens: int) -> tuple[int, str | None]:
     )
 
 
-def micro_batch(phase: Phase, batch: int, device_type: str) -> int:
-    """Sequences per forward pass: as asked for, or the largest divisor of ``batch`` within 16 k tokens on a GPU, 4 k on a CPU.
+def micro_batch(phase: Phase, batch: int, device_type: str, devices: int = 1) -> int:
+    """Sequences per forward pass on one device: as asked for, or the largest divisor within 16 k tokens on a GPU, 4 k on a CPU.
+
+    Args:
+        batch: sequences per optimizer step over all devices; each takes its share, rounded up.
 
     Raises:
-        AddlangError: ``batch`` is not divisible as asked.
+        AddlangError: the share is not divisible as asked.
     """
+    share = -(-batch // devices)
+    what = f"batch_size {batch}" if devices == 1 else f"batch_size {batch} over {devices} devices, {share} each,"
     micro, accumulation = phase.per_device_train_batch_size, phase.gradient_accumulation_steps
     if accumulation and not micro:
-        if batch % accumulation:
-            raise AddlangError(f"batch_size {batch} is not divisible by gradient_accumulation_steps {accumulation}")
-        return batch // accumulation
+        if share % accumulation:
+            raise AddlangError(f"{what} is not divisible by gradient_accumulation_steps {accumulation}")
+        return share // accumulation
     if micro:
-        if batch % micro:
-            raise AddlangError(f"batch_size {batch} is not divisible by per_device_train_batch_size {micro}")
+        if share % micro:
+            raise AddlangError(f"{what} is not divisible by per_device_train_batch_size {micro}")
         return micro
     fits = max(1, (16_384 if device_type == "cuda" else 4_096) // phase.sequence_length)
-    return max(d for d in range(1, batch + 1) if batch % d == 0 and d <= fits)
+    return max(d for d in range(1, share + 1) if share % d == 0 and d <= fits)

@@ -1,0 +1,153 @@
+"""Optimizers of a phase, their parameter groups, and the form in which their state is stored.
+
+- ``adamw``: torch's fused AdamW; state in the type of what is trained (fp32 masters: fp32 state).
+- ``adamw_8bit``: torchao's AdamW with both moments in 8 bits (block-wise, arXiv 2110.02861).
+- ``adamw_bf16_sr``: bf16 weights and gradients, rounded stochastically after an fp32 update, fp32 moments. The moments are
+  not bf16 as in torchao's own class: with beta2 = 0.999 a bf16 second moment never decays, because one step's
+  change of 0.1 % is less than half of its last place (0.2 %).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from addlang.errors import AddlangError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from addlang.recipe import Phase
+    from addlang.strategies.base import Attached
+
+
+def build_optimizer(attached: Attached, phase: Phase) -> torch.optim.Optimizer:
+    """The phase's optimizer over what is trained, after sharding.
+
+    Raises:
+        AddlangError: its library or a compiler is missing, or the weights are not of the type that it needs.
+    """
+    groups = parameter_groups(attached, phase)
+    betas, eps = (phase.adam_beta1, phase.adam_beta2), phase.adam_epsilon
+    if phase.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=phase.learning_rate, betas=betas, eps=eps, fused=True)
+    require_compiler(phase.optimizer)
+    if phase.optimizer == "adamw_8bit":
+        built: torch.optim.Optimizer = _torchao().AdamW8bit(groups, lr=phase.learning_rate, betas=betas, eps=eps)
+        return built
+    for name, p in attached.named_trainable():
+        if p.dtype != torch.bfloat16:
+            raise AddlangError(
+                f"optimizer adamw_bf16_sr needs weights in bf16, but '{name}' is {str(p.dtype).removeprefix('torch.')}",
+                "use optimizer: adamw, or a checkpoint that is stored in bf16 (on a CPU also precision: bf16)",
+            )
+    built = _stochastic_class()(groups, lr=phase.learning_rate, betas=betas, eps=eps, bf16_stochastic_round=True)
+    return built
+
+
+def parameter_groups(attached: Attached, phase: Phase) -> list[dict[str, Any]]:
+    """The strategy's groups; embedding and head apart where they have a learning rate of their own, last in the list."""
+    groups = attached.param_groups(phase.weight_decay)
+    if phase.embedding_learning_rate is None:
+        return groups
+    outside = {id(p) for p in embedding_and_head(attached.model)}
+    inner = [{**g, "params": [p for p in g["params"] if id(p) not in outside]} for g in groups]
+    outer = [
+        {**g, "params": [p for p in g["params"] if id(p) in outside], "lr": phase.embedding_learning_rate}
+        for g in groups
+    ]
+    found = [g for g in (*inner, *outer) if g["params"]]
+    if not any("lr" in g for g in found):
+        raise AddlangError(
+            "embedding_learning_rate is set, but neither the embedding nor the head is trained",
+            "leave it out, or set train_embeddings or train_lm_head in the strategy",
+        )
+    return found
+
+
+def embedding_and_head(model: Any) -> list[nn.Parameter]:
+    """Weights (and biases) of the input embedding and the head, also where they are sharded or overlaid."""
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [p for m in modules if m is not None for p in m._parameters.values() if p is not None]
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, phase: Phase, steps: int) -> Any:
+    """transformers' schedule of that name, alike for all groups; ``warmup_steps`` below 1 is a share of all steps."""
+    from transformers import get_scheduler
+
+    warmup = math.ceil(phase.warmup_steps * steps) if phase.warmup_steps < 1 else int(phase.warmup_steps)
+    if warmup >= steps and steps > 1:
+        raise AddlangError(
+            f"warmup_steps {warmup} leaves none of the {steps} steps of phase '{phase.name}'",
+            "lower warmup_steps or raise tokens",
+        )
+    return get_scheduler(phase.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, rates: list[float]) -> None:
+    """Put learning rates into the groups, in place where they are tensors."""
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def state_parts(value: Tensor) -> dict[str, Tensor] | None:
+    """The plain tensors that a quantised state is made of (without constants), or None for an ordinary tensor."""
+    if hasattr(value, "codes") and hasattr(value, "scale"):
+        return {"codes": value.codes, "scale": value.scale}
+    return None
+
+
+def is_quantised(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether states are kept in 8 bits: large ones are, small ones are not, and where it is sharded each part decides."""
+    return type(optimizer).__name__ == "AdamW8bit"
+
+
+def make_state(optimizer: Any, p: nn.Parameter, kind: str) -> Tensor:
+    """An empty state of an 8-bit optimizer, as its first step would make it."""
+    state: Tensor = optimizer._new_buffer(p, kind == "exp_avg")
+    return state
+
+
+def _torchao() -> Any:
+    try:
+        import torchao.optim
+    except ImportError as error:
+        raise AddlangError(
+            f"this optimizer needs torchao: {error}", "pip install 'addlang[optimizers]', or use optimizer: adamw"
+        ) from error
+    return torchao.optim
+
+
+def _stochastic_class() -> Callable[..., torch.optim.Optimizer]:
+    _torchao()
+    from torchao.optim.adam import _AdamW
+
+    class AdamWStochastic(_AdamW):  # type: ignore[misc]
+        """torchao's AdamW with fp32 moments for bf16 weights."""
+
+        def _new_buffer(self, p: Tensor, signed: bool) -> Tensor:
+            return torch.zeros_like(p, dtype=torch.float32)
+
+    return AdamWStochastic
+
+
+def require_compiler(what: str) -> None:
+    """torchao's optimizers and torch_compile build kernels on the machine that trains.
+
+    Raises:
+        AddlangError: there is no C++ compiler.
+    """
+    if torch._dynamo.config.disable or os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        return  # runs uncompiled
+    compiler = os.environ.get("CXX")
+    if not any(shutil.which(c) for c in ([compiler] if compiler else ["g++", "clang++", "c++"])):
+        raise AddlangError(f"{what} needs a C++ compiler, and none was found", "install g++ or set CXX")
