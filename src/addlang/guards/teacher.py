@@ -63,6 +63,8 @@ class Teacher:
         for name in ("tokens", "positions", "valid", "ids", "logp", "starts"):
             np.save(tmp / f"{name}.npy", getattr(self, name))
         (tmp / "about.json").write_text(json.dumps(about, ensure_ascii=False), encoding="utf-8")
+        if directory.exists() and not (directory / "about.json").is_file():
+            shutil.rmtree(directory)
         try:
             os.replace(tmp, directory)
         except OSError:  # another run wrote the same in the meantime

@@ -1,0 +1,229 @@
+"""The stored teacher, its divergence, and the self anchor's sampling, budget and resume."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import make_model, make_tokenizer
+
+from addlang.errors import AddlangError
+from addlang.guards import GuardContext, make_guard
+from addlang.guards.self_anchor import turn_frame
+from addlang.guards.teacher import RowOrder, Teacher, ask, divergence, model_positions, pack_rows
+from addlang.strategies import PlanInputs, make_strategy
+
+LOOSE = {"max_instruction_tokens": 24, "max_answer_tokens": 24, "attempts": 40}
+
+
+def context(model: Any, cache: Path, **kw: Any) -> GuardContext:
+    settings: dict[str, Any] = {
+        "model": model, "model_hash": "h", "tokenizer": make_tokenizer(), "seed": 0, "device": torch.device("cpu"),
+        "cache_dir": cache, "language": "en", "sequence_length": 64, "batch": 4, "steps": 10,
+        "autocast": contextlib.nullcontext, "calibration": lambda: None, "progress": lambda *_: None,
+    }  # fmt: skip
+    return GuardContext(**{**settings, **kw})
+
+
+def test_divergence_is_the_full_kl_when_every_token_is_stored() -> None:
+    torch.manual_seed(0)
+    p, q = torch.randn(5, 7, dtype=torch.float64), torch.randn(5, 7, dtype=torch.float64)
+    best = torch.log_softmax(p, -1).topk(7, -1)
+    got = divergence(q, best.indices, best.values)
+    want = torch.nn.functional.kl_div(
+        torch.log_softmax(q, -1), torch.log_softmax(p, -1), log_target=True, reduction="none"
+    ).sum(1)
+    assert torch.allclose(got, want, atol=1e-12)
+
+
+def test_divergence_with_one_bucket_for_the_rest_worked_by_hand() -> None:
+    """p = (.5, .25, .125, .125) of which two are stored, q = (.25, .25, .25, .25)."""
+    logits = torch.zeros(1, 4, dtype=torch.float64)
+    ids, logp = torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.25]], dtype=torch.float64).log()
+    want = 0.5 * np.log(0.5 / 0.25) + 0.25 * np.log(0.25 / 0.25) + 0.25 * np.log(0.25 / 0.5)
+    assert float(divergence(logits, ids, logp)) == pytest.approx(want, abs=1e-12)
+
+
+def test_fewer_stored_tokens_never_overstate_the_divergence() -> None:
+    torch.manual_seed(1)
+    p, q = torch.randn(20, 50, dtype=torch.float64) * 2, torch.randn(20, 50, dtype=torch.float64)
+    values = []
+    for k in (1, 5, 20, 50):
+        best = torch.log_softmax(p, -1).topk(k, -1)
+        values.append(divergence(q, best.indices, best.values))
+    for fewer, more in itertools.pairwise(values):
+        assert bool((fewer <= more + 1e-12).all())
+
+
+def test_packed_conversations_do_not_see_each_other_and_every_position_predicts_its_own() -> None:
+    model = make_model("llama").double()
+    conversations = [[7, 8, 9, 10], [11, 12, 13], [14, 15, 16, 17, 18]]
+    tokens, positions = pack_rows(conversations, 8, 0)
+    teacher = ask(
+        model, tokens, positions, top_k=300, rows_at_a_time=1, autocast=contextlib.nullcontext, progress=lambda *_: None
+    )
+    assert teacher.valid.sum() == sum(len(c) - 1 for c in conversations)
+    row = 0
+    for r in range(len(tokens)):
+        for t in np.nonzero(teacher.valid[r])[0]:
+            start = t - int(positions[r, t])
+            alone = torch.tensor(tokens[r, start : t + 1]).unsqueeze(0)
+            want = torch.log_softmax(model(alone).logits[0, -1], -1)
+            got = torch.full_like(want, -torch.inf).scatter(
+                0, torch.tensor(teacher.ids[row]).long(), torch.tensor(teacher.logp[row]).to(want.dtype)
+            )
+            assert torch.allclose(got, want, atol=5e-3)  # stored in half precision
+            row += 1
+    assert row == len(teacher.ids)
+
+
+def test_padding_positions_restart() -> None:
+    assert model_positions(np.array([[0, 1, 2, -1, -1]])).tolist() == [[0, 1, 2, 0, 1]]
+
+
+def test_rows_of_a_step_are_a_pure_function_of_the_step_and_cover_every_row_once_a_pass() -> None:
+    order = RowOrder(7, 1.75, seed=3)
+    drawn = np.concatenate([order.at(s) for s in range(1, 5)])
+    assert sorted(drawn.tolist()) == list(range(7))
+    again = RowOrder(7, 1.75, seed=3)
+    assert np.array_equal(again.at(3), order.at(3))
+    assert [len(order.at(s)) for s in range(1, 5)] == [1, 2, 2, 2]
+
+
+class Writer:
+    """Stands in for sampling: says what the test tells it to, and remembers what it was asked."""
+
+    def __init__(self, instructions: list[str], answers: list[str], limit: int = 24) -> None:
+        self.turns = [instructions, answers]
+        self.prompts: list[list[list[int]]] = []
+        self.limit = limit
+
+    def __call__(self, _model: Any, tokenizer: Any, prompts: Any, **kw: Any) -> list[list[int]]:
+        start = tokenizer(turn_frame(tokenizer)[0], add_special_tokens=False)["input_ids"]
+        turn = self.turns[0 if list(prompts[0]) == start else 1]
+        self.prompts.append([list(p) for p in prompts])
+        offset = 1000 * (len(self.prompts) // 2)
+        out = []
+        for i in range(len(prompts)):
+            text = turn[i % len(turn)].replace("#", str(offset + i))
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            out.append(ids if text != "ENDLESS" else ids[:1] * kw["max_new_tokens"])
+        return out
+
+
+def test_conversations_are_sampled_in_the_chat_template_and_cached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model("llama")
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    writer = Writer(["the cat #"], ["sat #"])
+    monkeypatch.setattr("addlang.evaluate.generation.sample", writer)
+    guard = make_guard("self_anchor", {"conversations": 8, **LOOSE})
+    active = guard.start(context(model, tmp_path))
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+    start, end = turn_frame(make_tokenizer())
+    assert make_tokenizer().decode(writer.prompts[0][0]) == start
+    assert make_tokenizer().decode(writer.prompts[1][0]) == f"{start}the cat 0{end}"
+    text = make_tokenizer().decode(active.teacher.tokens[0].tolist())
+    assert text.startswith(f"{start}the cat")
+    assert end in text
+    calls = len(writer.prompts)
+    again = guard.start(context(model, tmp_path))
+    assert len(writer.prompts) == calls
+    assert np.array_equal(again.teacher.tokens, active.teacher.tokens)
+
+
+def test_poor_samples_are_dropped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = Writer(["the cat #", "", "the same", "ENDLESS"], ["sat #", "ENDLESS", ""])
+    monkeypatch.setattr("addlang.evaluate.generation.sample", writer)
+    about = (
+        make_guard("self_anchor", {"conversations": 8, **LOOSE})
+        .start(context(make_model("llama"), tmp_path))
+        .describe()
+    )
+    dropped = about["sampled_dropped"]
+    assert about["sampled_conversations"] == 8
+    assert dropped["empty turn"] > 0
+    assert dropped["unfinished turn"] > 0
+    assert dropped["repeated instruction"] > 0
+
+
+def test_a_model_that_writes_nothing_usable_is_an_error_with_the_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("addlang.evaluate.generation.sample", Writer(["ENDLESS"], ["x"]))
+    with pytest.raises(AddlangError, match=r"only 0 of 8 conversations .* 'unfinished turn'"):
+        make_guard("self_anchor", {"conversations": 8, **LOOSE}).start(context(make_model("llama"), tmp_path))
+
+
+def fixed(tmp_path: Path, model: Any, **options: Any) -> Any:
+    """An active anchor on conversations written here, so that no sampling is involved."""
+    from addlang.guards.self_anchor import _Active
+
+    guard = make_guard("self_anchor", options)
+    r = np.random.default_rng(0)
+    conversations = [r.integers(6, 200, n).tolist() for n in (20, 31, 12, 40, 25)]
+    tokens, positions = pack_rows(conversations, 64, 0)
+    teacher = ask(
+        model, tokens, positions, top_k=64, rows_at_a_time=2, autocast=contextlib.nullcontext, progress=lambda *_: None
+    )
+    return _Active(guard, teacher, RowOrder(len(teacher), 1.5, 0), {}, context(model, tmp_path))
+
+
+def test_the_source_itself_has_no_divergence_and_a_changed_model_has_some(tmp_path: Path) -> None:
+    model = make_model("llama")
+    active = fixed(tmp_path, model, weight=1.0)
+    attached = make_strategy("full", {}).attach(model, make_strategy("full", {}).plan(model, PlanInputs()), "masked")
+    assert active.backward(attached, 2) == pytest.approx(0, abs=1e-4)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.5)
+    assert active.backward(attached, 2) > 0.01
+
+
+def test_the_anchors_gradient_pulls_back_to_the_source(tmp_path: Path) -> None:
+    model = make_model("llama")
+    active = fixed(tmp_path, model, weight=1.0)
+    attached = make_strategy("full", {}).attach(model, make_strategy("full", {}).plan(model, PlanInputs()), "masked")
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    first = active.backward(attached, 1)
+    for _ in range(20):
+        optimizer.step()
+        optimizer.zero_grad()
+        last = active.backward(attached, 1)
+    assert last < 0.7 * first
+
+
+@pytest.mark.parametrize(
+    ("schedule", "first", "last"), [("constant", 0.3, 0.3), ("decay", 0.3, 0.0), ("ramp", 0.0, 0.3)]
+)
+def test_the_weight_follows_its_schedule(schedule: str, first: float, last: float, tmp_path: Path) -> None:
+    active = fixed(tmp_path, make_model("llama"), weight=0.3, schedule=schedule)
+    assert active.weight(1) == pytest.approx(first)
+    assert active.weight(10) == pytest.approx(last)
+
+
+def test_a_template_without_an_end_of_turn_is_refused() -> None:
+    import copy
+
+    tokenizer = copy.deepcopy(make_tokenizer())
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(AddlangError, match="no end of a user turn"):
+        turn_frame(tokenizer)
+
+
+def test_a_cache_without_its_last_file_counts_as_absent(tmp_path: Path) -> None:
+    active = fixed(tmp_path, make_model("llama"))
+    active.teacher.save(tmp_path / "t", {"rows": 3})
+    found = Teacher.load(tmp_path / "t")
+    assert found is not None
+    assert found[1] == {"rows": 3}
+    assert np.array_equal(found[0].logp, active.teacher.logp)
+    (tmp_path / "t" / "about.json").unlink()
+    assert Teacher.load(tmp_path / "t") is None
