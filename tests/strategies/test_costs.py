@@ -47,7 +47,7 @@ def test_frozen_columns_save_their_share_of_the_weight_gradient() -> None:
     n = 32 * 48
     half = Frozen((32, 48), "columns", torch.arange(24))
     # the lowest trained layer is 0, so every layer and the head need input gradients
-    cost = of_plan(model, frozen(model, **{"layers__0__mlp__down_proj__weight": half}))
+    cost = of_plan(model, frozen(model, layers__0__mlp__down_proj__weight=half))
     assert cost.flops == 4 * linear(model) + 2 * (n // 2)
     assert cost.trained == n // 2
 
@@ -56,7 +56,7 @@ def test_nothing_below_the_lowest_trained_layer_needs_a_backward_pass() -> None:
     model = make_model("mistral")
     layer = sum(m.weight.numel() for m in model.model.layers[0].modules() if isinstance(m, torch.nn.Linear))
     n = 32 * 48
-    cost = of_plan(model, frozen(model, **{"layers__1__mlp__down_proj__weight": "none"}))
+    cost = of_plan(model, frozen(model, layers__1__mlp__down_proj__weight="none"))
     assert cost.flops == 2 * layer + 4 * (linear(model) - layer) + 2 * n
 
 
@@ -71,7 +71,7 @@ def test_single_elements_cost_as_much_as_whole_matrices() -> None:
     model = make_model("mistral")
     mask = torch.ones(32, 48, dtype=torch.bool)
     mask[0, 0] = False
-    cost = of_plan(model, frozen(model, **{"layers__0__mlp__down_proj__weight": Frozen((32, 48), "elements", mask)}))
+    cost = of_plan(model, frozen(model, layers__0__mlp__down_proj__weight=Frozen((32, 48), "elements", mask)))
     assert cost.flops == 4 * linear(model) + 2 * 32 * 48
     assert cost.trained == 32 * 48
 

@@ -290,7 +290,7 @@ def make_strategy(name: str, options: Mapping[str, Any]) -> Strategy:
             if e["type"] == "extra_forbidden":
                 lines.append(f"strategy '{name}': unknown option '{key}'. {did_you_mean(key, cls.model_fields)}")
             else:
-                lines.append(
-                    f"strategy '{name}', option '{key}': {e['msg'].removeprefix('Value error, ')} (given: {e.get('input')!r})"
-                )
+                message = e["msg"].removeprefix("Value error, ")
+                given = f", option '{key}': {message} (given: {e.get('input')!r})" if key else f": {message}"
+                lines.append(f"strategy '{name}'{given}")
         raise AddlangError("; ".join(lines)) from None

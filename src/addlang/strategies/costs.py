@@ -65,7 +65,7 @@ def of_plan(model: nn.Module, plan: FreezePlan, note: str = "") -> Cost:
     from addlang.models import embedding_names, parameter_kinds
 
     masked = why_not_split(model, plan) is not None
-    embedding, head, tied = embedding_names(model)
+    embedding, _, tied = embedding_names(model)
     kinds = parameter_kinds(model)
     top = 1 + max((k.layer for k in kinds.values() if k.layer is not None), default=-1)
     positions: dict[str, int] = {}
