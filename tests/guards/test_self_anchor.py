@@ -157,7 +157,7 @@ def test_a_model_that_writes_nothing_usable_is_an_error_with_the_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("addlang.evaluate.generation.sample", Writer(["ENDLESS"], ["x"]))
-    with pytest.raises(AddlangError, match=r"only 0 of 8 conversations .* 'unfinished turn'"):
+    with pytest.raises(AddlangError, match=r"only 0 of 8 conversations .*'unfinished turn'"):
         make_guard("self_anchor", {"conversations": 8, **LOOSE}).start(context(make_model("llama"), tmp_path))
 
 
