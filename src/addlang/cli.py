@@ -372,10 +372,16 @@ def lab_build(
 ) -> None:
     """Train the lab model again from a seed."""
     from addlang.lab.build import build
+    from addlang.progress import progress
 
     quiet(as_json)
-    about = build(Path(output_dir), seed=seed, steps=steps)
-    emit(about) if as_json else print(f"wrote {output_dir}: exact match {about['score']:.3f}")
+    with progress("building the lab model", total=steps, unit="steps") as bar:
+        about = build(Path(output_dir), seed=seed, steps=steps, progress=lambda done, loss: bar.update(done, loss=loss))
+    score = about["exact_match"]
+    if as_json:
+        emit(about)
+    else:
+        print(f"wrote {output_dir}: {score['value']:.3f} exact match on {score['items']} English items")
 
 
 @lab_app.command("text")
