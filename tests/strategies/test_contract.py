@@ -43,6 +43,8 @@ STRATEGIES: dict[str, list[dict[str, Any]]] = {
     "s2ft": [{}, {"d_ratio": 0.11, "o_ratio": 0.25}, {"freeze_special_tokens": True}],
     "lf_h1": [{}],
     "lf_h2": [{"reference_model": "@reference", **o} for o in ({}, {"unit": "head"}, {"unit": "layer"})],
+    "gmt": [{}, {"ratio": 0.875, "include_embeddings": True}, {"freeze_special_tokens": True}],
+    "lisa": [{"active_layers": 1, "interval": 1}, {"active_layers": 2}, {"freeze_special_tokens": True}],
     "spectrum": [{}, {"mode": "train_top"}],
 }
 CASES = [(n, o) for n, many in STRATEGIES.items() for o in many]

@@ -1,0 +1,100 @@
+"""LISA: who is awake, what the sleeping ones keep, and that every layer is in the optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import make_model
+
+from addlang.errors import AddlangError
+from addlang.strategies import PlanInputs, make_strategy
+from addlang.strategies.lisa import draw
+
+
+def attach(model: Any, **options: Any) -> Any:
+    strategy = make_strategy("lisa", options)
+    return strategy.attach(model, strategy.plan(model, PlanInputs(seed=5)), "masked")
+
+
+def steps(attached: Any, first: int, last: int, optimizer: Any = None) -> Any:
+    if optimizer is None:
+        optimizer = torch.optim.AdamW(attached.param_groups(0.1), lr=1e-2)
+        attached.bind(optimizer, 100)
+    for step in range(first, last + 1):
+        ids = torch.randint(6, 260, (2, 20), generator=torch.Generator().manual_seed(step))
+        attached.model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        attached.before_clip(step)
+        optimizer.step()
+        attached.after_step(step)
+        optimizer.zero_grad()
+    return optimizer
+
+
+def layers_moved(before: dict[str, torch.Tensor], model: Any) -> set[int | None]:
+    moved = {n for n, p in model.named_parameters() if not torch.equal(before[n], p)}
+    return {int(n.split(".")[2]) if ".layers." in n else None for n in moved}
+
+
+def snapshot(model: Any) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+def test_sleeping_layers_do_not_move_not_even_by_weight_decay() -> None:
+    model = make_model("llama", num_hidden_layers=5)
+    attached = attach(model, active_layers=2, interval=3)
+    before = snapshot(model)
+    optimizer = steps(attached, 1, 3)
+    first = draw(5, 0, 5, 2)
+    assert layers_moved(before, model) == first | {None}
+    before = snapshot(model)
+    steps(attached, 4, 6, optimizer)
+    assert layers_moved(before, model) == draw(5, 1, 5, 2) | {None}
+
+
+def test_the_draw_is_uniform_and_depends_on_seed_and_period_only() -> None:
+    assert draw(0, 3, 8, 2) == draw(0, 3, 8, 2)
+    counts = [sum(layer in draw(0, p, 8, 2) for p in range(4000)) for layer in range(8)]
+    assert all(abs(c - 1000) < 100 for c in counts)
+
+
+def test_a_layer_that_falls_asleep_loses_its_optimizer_state() -> None:
+    model = make_model("llama", num_hidden_layers=5)
+    attached = attach(model, active_layers=1, interval=2)
+    optimizer = steps(attached, 1, 2)
+    named = dict(attached.named_trainable())
+    awake = {n for n in named if ".layers." not in n}
+    assert {n for n, p in named.items() if optimizer.state.get(p)} == awake  # the next layer has not stepped yet
+    steps(attached, 3, 3, optimizer)
+    layer = draw(5, 1, 5, 1).pop()
+    with_state = {n for n, p in named.items() if optimizer.state.get(p)}
+    assert with_state == awake | {n for n in named if f".layers.{layer}." in n}
+    assert all(float(optimizer.state[named[n]]["step"]) == 1 for n in with_state - awake)  # fresh moments
+
+
+def test_every_layer_belongs_to_the_optimizer_from_the_start() -> None:
+    """In public code only what is awake when the optimizer is built ever trains (LMFlow issue 726: the loss is the same
+    however many layers are active)."""
+    model = make_model("llama", num_hidden_layers=5)
+    attached = attach(model, active_layers=1, interval=1)
+    owned = {id(p) for g in attached.param_groups(0.1) for p in g["params"]}
+    assert owned == {id(p) for p in model.parameters()}
+    before = snapshot(model)
+    steps(attached, 1, 40)
+    assert layers_moved(before, model) == {0, 1, 2, 3, 4, None}
+
+
+def test_a_checkpoint_remembers_who_is_awake() -> None:
+    a = attach(make_model("llama", num_hidden_layers=5), active_layers=2, interval=1)
+    steps(a, 1, 7)
+    b = attach(make_model("llama", num_hidden_layers=5), active_layers=2, interval=1)
+    assert a.awake != b.awake
+    b.load_state_dict({n: t.clone() for n, t in a.state_dict().items()})
+    assert a.awake == b.awake == draw(5, 7, 5, 2)
+    assert [p.requires_grad for _, p in a.named_trainable()] == [p.requires_grad for _, p in b.named_trainable()]
+
+
+def test_more_active_layers_than_layers_is_an_error() -> None:
+    with pytest.raises(AddlangError, match=r"active_layers 3 is more than the model's 2 layers"):
+        make_strategy("lisa", {"active_layers": 3}).plan(make_model("llama"), PlanInputs())
