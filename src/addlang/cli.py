@@ -121,9 +121,11 @@ def _execute(recipe: Any, *, dry_run: bool, overwrite: bool, as_json: bool, base
             print(yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True), end="")
         return
     from addlang.run import execute
+    from addlang.train.shard import launched
 
     path = execute(recipe, overwrite=overwrite, base_dir=base_dir)
-    show_run(path, as_json)
+    if launched()[0] == 0:  # of several processes the first one speaks
+        show_run(path, as_json)
 
 
 def show_run(path: Path, as_json: bool) -> None:

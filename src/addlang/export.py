@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from addlang.errors import AddlangError
 from addlang.freeze.proof import tied_names
 from addlang.models import TOKENIZER_FILES, Checkpoint
+from addlang.train.shard import ALONE, World
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,20 +23,31 @@ if TYPE_CHECKING:
 CONFIG_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 
 
-def export(source: Checkpoint, attached: Attached, plan: FreezePlan, out: Path) -> None:
+def export(source: Checkpoint, attached: Attached, plan: FreezePlan, out: Path, *, world: World = ALONE) -> None:
     """Write the adapted checkpoint into ``out``: same files, names, shapes and types as the source.
 
     Streams one weight file at a time. Trained tensors are cast to the source's type; of a partly frozen tensor the
     frozen elements are copied from the source file. Every file is written under a temporary name and renamed.
 
+    Args:
+        world: all processes gather the trained tensors, one at a time; the first one writes.
+
     Raises:
         AddlangError: a trained tensor is NaN or infinite, or has no counterpart in the source.
     """
+    trained: dict[str, Tensor] = {}
+    for name, tensor in attached.export():
+        if world.leads:
+            trained[name] = tensor.detach().to("cpu")
+    world.first(lambda: write_checkpoint(source, trained, plan, out))
+
+
+def write_checkpoint(source: Checkpoint, trained: Mapping[str, Tensor], plan: FreezePlan, out: Path) -> None:
+    """The source's files with the trained tensors in place of the source's; see :func:`export`."""
     import torch
     from safetensors.torch import save_file
 
     twins = tied_names(source, plan)
-    trained: Mapping[str, Tensor] = dict(attached.export())
     stored = {twins.get(n, n) for n in source.header}
     for name in trained:
         if name not in stored:

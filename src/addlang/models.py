@@ -169,6 +169,28 @@ def load_model(
     return model
 
 
+def apply_liger(model: Any) -> None:
+    """Replace norms, rotary embeddings and SwiGLU of a model by liger-kernel's, in place. The loss stays addlang's own.
+
+    Raises:
+        AddlangError: liger-kernel is not installed, or does not know the architecture.
+    """
+    try:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance  # type: ignore[import-not-found]
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise AddlangError(
+            f"use_liger_kernel: liger-kernel cannot be used ({_first_line(error)})",
+            "pip install 'addlang[liger]' on a machine with a GPU, or leave use_liger_kernel out",
+        ) from error
+    kind = model.config.model_type
+    if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise AddlangError(
+            f"use_liger_kernel: liger-kernel does not know '{kind}' models", "leave use_liger_kernel out"
+        )
+    _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False, cross_entropy=False)
+
+
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 

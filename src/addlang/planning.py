@@ -26,7 +26,7 @@ def plan_run(recipe: Recipe, *, base_dir: Path | None = None) -> dict[str, Any]:
     from addlang.models import Checkpoint, load_tokenizer, parameter_kinds, resolve
     from addlang.run import prepare_device
     from addlang.train.loop import compute_dtype
-    from addlang.train.memory import estimate
+    from addlang.train.memory import estimate, form_of
     from addlang.train.schedule import micro_batch
 
     source = resolve(recipe.model_name_or_path, recipe.revision)
@@ -74,7 +74,7 @@ def plan_run(recipe: Recipe, *, base_dir: Path | None = None) -> dict[str, Any]:
                     micro=micro,
                     stored_bytes=stored.dtype.itemsize,
                     compute_bytes=dtype.itemsize,
-                    masked=masked,
+                    form=form_of(plan, phase, splittable=refused is None),
                 ),
                 "checkpoint_bytes": plan.trainable_count * 12,
             }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -15,8 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from addlang.errors import AddlangError, AddlangWarning, PreemptedError, ProofError
+from addlang.progress import set_quiet
 from addlang.recipe import Phase, Recipe
-from addlang.rundir import RunDir
+from addlang.rundir import FollowedRun, RunDir
+from addlang.train.shard import ALONE, World, join_world, sharding_of
 
 if TYPE_CHECKING:
     import torch
@@ -37,38 +40,56 @@ def execute(recipe: Recipe, *, overwrite: bool = False, base_dir: Path | None = 
         PreemptedError: SIGTERM arrived; the state was saved.
     """
     check_requirements(recipe)
-    run = RunDir.open(recipe, overwrite=overwrite)
-    sitting = time.monotonic()
-    before = run.state.get("seconds", 0.0)
-    try:
-        with terminable(), collected_warnings(run):
-            device = prepare_device(recipe)
-            run.update(versions=versions(), device=describe(device))
-            from addlang.models import load_tokenizer, resolve
-
-            source = resolve(recipe.model_name_or_path, recipe.revision)
-            tokenizer = load_tokenizer(source, recipe.template_path(base_dir))
-            check_model(recipe, source, tokenizer)
-            check_calibration(run, tokenizer, base_dir)
-            data = [prepare_data(recipe, phase, tokenizer, device, base_dir, run) for phase in recipe.phases]
-            evaluate(run, "before", source, tokenizer, data, device, base_dir)
-            start = source
-            for phase, phase_data in zip(recipe.phases, data, strict=True):
-                adapt(run, phase, source if phase.start == "source" else start, tokenizer, phase_data, device, base_dir)
-                start = run.phase_dir(phase)
-                label = "after" if phase is recipe.phases[-1] else phase.name
-                evaluate(run, label, start, tokenizer, data, device, base_dir)
-            compare_models(run)
-        run.update(seconds=before + time.monotonic() - sitting)
-        run.update(status="finished")
-        write_reports(run.path)
-    except BaseException:
-        with contextlib.suppress(OSError):
+    with join_world(recipe.device) as world:
+        run = world.first(lambda: RunDir.open(recipe, overwrite=overwrite)) or FollowedRun(recipe)
+        if not world.leads:
+            set_quiet(True)
+        sitting = time.monotonic()
+        before = run.state.get("seconds", 0.0)
+        try:
+            with terminable(), collected_warnings(run):
+                carry_out(run, world, base_dir)
             run.update(seconds=before + time.monotonic() - sitting)
-        run.abandon()
-        raise
-    run.close()
+            run.update(status="finished")
+            world.first(lambda: write_reports(run.path))
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                run.update(seconds=before + time.monotonic() - sitting)
+            run.abandon()
+            if isinstance(error, PreemptedError):  # all processes were told
+                raise world.same(error) from None
+            raise
+        run.close()
     return run.path
+
+
+def carry_out(run: RunDir, world: World, base_dir: Path | None) -> None:
+    """All stages of a run. What is not said to be done by all processes, the first one does while the others wait."""
+    from addlang.models import load_tokenizer, resolve
+
+    recipe = run.recipe
+    device = prepare_device(recipe)
+    run.update(versions=versions(), device=describe(device), processes=world.size)
+    source = world.in_turn(lambda: resolve(recipe.model_name_or_path, recipe.revision))
+    tokenizer = load_tokenizer(source, recipe.template_path(base_dir))
+    world.first(lambda: check_model(recipe, source, tokenizer))
+    world.first(lambda: check_calibration(run, tokenizer, base_dir))
+    data = [
+        world.in_turn(functools.partial(prepare_data, recipe, phase, tokenizer, device, base_dir, run))
+        for phase in recipe.phases
+    ]
+
+    def measure(label: str, directory: Path) -> None:
+        world.first(lambda: evaluate(run, label, directory, tokenizer, data, device, base_dir))
+
+    measure("before", source)
+    start = source
+    for phase, phase_data in zip(recipe.phases, data, strict=True):
+        origin = source if phase.start == "source" else start
+        adapt(run, phase, origin, tokenizer, phase_data, device, base_dir, world)
+        start = run.phase_dir(phase)
+        measure("after" if phase is recipe.phases[-1] else phase.name, start)
+    world.first(lambda: compare_models(run))
 
 
 def adapt(
@@ -79,41 +100,57 @@ def adapt(
     data: PhaseData,
     device: torch.device,
     base_dir: Path | None,
+    world: World = ALONE,
 ) -> None:
-    """Plan, attach, train, export and prove one phase."""
+    """Plan, attach, train, export and prove one phase; all processes take part."""
     from addlang.train import checkpoint
 
     directory = run.phase_dir(phase)
-    if run.done(f"proof:{phase.name}"):
-        checkpoint.clear(directory)  # if a kill came between the two
-        require_proof(run, phase)
+    if world.agree(run.done(f"proof:{phase.name}")):
+        world.first(lambda: checkpoint.clear(directory))  # if a kill came between the two
+        world.first(lambda: require_proof(run, phase))
         return
     import torch
 
     from addlang.export import export
-    from addlang.models import Checkpoint, load_model
+    from addlang.models import Checkpoint, apply_liger, load_model
     from addlang.train.loop import Schedule, compute_dtype, train
+    from addlang.train.memory import explain_out_of_memory
     from addlang.train.schedule import micro_batch
 
     stored = Checkpoint(source)
+    model_hash = world.agree(stored.hash if world.leads else "")
     dtype = stored.dtype if compute_dtype(phase, device) in (None, torch.bfloat16) else torch.float32
-    model = load_model(source, dtype=dtype, device=device)
-    plan = make_plan(run, phase, model, stored.hash, tokenizer, base_dir)
-    micro = micro_batch(phase, data.batch_size, device.type)
+    load = functools.partial(load_model, source, dtype=dtype, attn_implementation=phase.attn_implementation)
+    micro = micro_batch(phase, data.batch_size, device.type, world.size)
     schedule = Schedule(data.sequences // data.batch_size, data.batch_size, micro)
-    guards = start_guards(run, phase, model, stored.hash, tokenizer, device, schedule, base_dir)
-    attached = phase.strategy.attach(model, plan, phase.execution, masters=phase.master_weights == "fp32")
-    seed = run.recipe.seed
-    result = train(attached, data, phase, directory, device=device, schedule=schedule, seed=seed, guards=guards)
-    export(stored, attached, plan, directory)
-    prove_phase(run, phase, source)
+
+    def prepare(model: Any) -> tuple[FreezePlan, list[ActiveGuard]]:
+        plan = make_plan(run, phase, model, model_hash, tokenizer, base_dir)
+        return plan, start_guards(run, phase, model, model_hash, tokenizer, device, schedule, base_dir)
+
+    sharded = sharding_of(phase, world) == "fsdp"
+    if sharded:  # plan on one whole device; then every process loads in host memory and keeps its part on its device
+        world.first(lambda: prepare(load(device=device)) and None)
+    model = load(device="cpu" if sharded else device)
+    plan, guards = world.in_turn(lambda: prepare(model))
+    if phase.use_liger_kernel:
+        apply_liger(model)
+    with explain_out_of_memory(model.config, plan, phase, micro=micro, device=device, stored=stored.dtype, world=world):
+        attached = phase.strategy.attach(model, plan, phase.execution, masters=phase.master_weights == "fp32")
+        seed = run.recipe.seed
+        result = train(
+            attached, data, phase, directory, device=device, schedule=schedule, seed=seed, guards=guards, world=world
+        )
+    export(stored, attached, plan, directory, world=world)
+    world.first(lambda: prove_phase(run, phase, source))
     trained = {
         **run.state.get("train", {}),
         phase.name: {"steps": result.steps, "tokens": result.tokens, "seconds": result.seconds, "loss": result.loss},
     }
     run.finish(f"proof:{phase.name}", train=trained)
-    checkpoint.clear(directory)
-    require_proof(run, phase)
+    world.first(lambda: checkpoint.clear(directory))
+    world.first(lambda: require_proof(run, phase))
 
 
 def require_proof(run: RunDir, phase: Phase) -> None:
@@ -428,6 +465,8 @@ def versions() -> dict[str, str]:
 
 class _Terminated(BaseException):
     """SIGTERM, on its way up: no handler of errors takes it for one."""
+
+    exit_code = 75
 
 
 @contextlib.contextmanager

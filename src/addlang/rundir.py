@@ -215,6 +215,25 @@ class RunDir:
         write_json(self.path / name, data)
 
 
+class FollowedRun(RunDir):
+    """A run as all but the first of its processes see it: they read what the first one writes."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(Path(recipe.output_dir).expanduser(), recipe)
+
+    def update(self, **changes: Any) -> None:
+        """The first process does it."""
+
+    def abandon(self) -> None:
+        """The first process does it."""
+
+    def write_text(self, name: str, text: str) -> None:
+        """The first process does it."""
+
+    def write_json(self, name: str, data: object) -> None:
+        """The first process does it."""
+
+
 def read_state(path: Path) -> dict[str, Any]:
     """``state.json`` of a run directory.
 

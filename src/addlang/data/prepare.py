@@ -16,6 +16,7 @@ from addlang.data.packing import Packed, pack_conversations, pack_texts
 from addlang.data.sources import read_rows
 from addlang.errors import AddlangError
 from addlang.train.schedule import budget, global_batch
+from addlang.train.shard import launched
 
 if TYPE_CHECKING:
     from addlang.recipe import DatasetSpec, Phase, Recipe
@@ -151,7 +152,7 @@ def prepare(
     tokens = budget(phase, target or sum(p.tokens_total for p in packed))
     # what guards read counts: arms of one budget then cost the same
     tokens = round(tokens * (1 - sum(guard.token_share for guard in phase.all_guards)))
-    batch, scaled = global_batch(phase, tokens)
+    batch, scaled = global_batch(phase, tokens, launched()[1])
     mixture = Mixture(
         packed, [spec.weight for spec in phase.datasets], seed=recipe.seed, tokens=tokens, multiple_of=batch
     )

@@ -137,7 +137,7 @@ def train(
             first = (step - 1) * schedule.batch
             arrays = own_rows(data, first, schedule.batch, world)
             labels = int(world.total((arrays["labels"][:, 1:] != -100).sum())[0])
-            step_loss = torch.zeros((), device=device)
+            step_loss = torch.zeros((), dtype=torch.float64, device=device)
             # penalties are alike in all processes, so that averaging gradients over them changes nothing; they come
             # first because DDP exchanges gradients at the end of the last micro-batch
             term = attached.loss_term()

@@ -1,49 +1,100 @@
-"""Memory of training, by part, before any weight is loaded (bytes per device)."""
+"""Memory of training, by part and per device, before any weight is loaded; and what to change where it does not fit."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from addlang.errors import AddlangError
+from addlang.train.shard import ALONE, World, sharding_of
 
 if TYPE_CHECKING:
+    import torch
+
     from addlang.freeze.plan import FreezePlan
     from addlang.recipe import Phase
 
+GIB = 2**30
+USABLE = 0.93  # of a GPU's nominal memory: the CUDA context, the allocator's rounding and fragmentation take the rest
+Form = Literal["masked", "assemble", "resident"]
+
 
 def estimate(
-    config: Any, plan: FreezePlan, phase: Phase, *, micro: int, stored_bytes: int, compute_bytes: int, masked: bool
+    config: Any,
+    plan: FreezePlan,
+    phase: Phase,
+    *,
+    micro: int,
+    stored_bytes: int,
+    compute_bytes: int,
+    form: Form,
+    shards: int = 1,
 ) -> dict[str, int]:
-    """Bytes of every part of one training step.
+    """Bytes of every part of one training step on one device.
 
     Args:
         config: the model's configuration (widths, layers, heads, vocabulary).
         micro: sequences per forward pass.
         stored_bytes: bytes per element of the checkpoint (2 for bf16).
         compute_bytes: bytes per element of activations (2 under bf16 autocast, 4 in fp32).
-        masked: masked execution keeps whole tensors as masters as soon as one element of them is trained.
+        form: masked execution keeps whole tensors as masters as soon as one element of them is trained; the resident
+            split form keeps dense weights in the compute type.
+        shards: devices that weights, gradients and optimizer state are spread over (FSDP2).
 
     Returns:
-        ``frozen_weights``, ``trained_weights``, ``compute_copies``, ``gradients``, ``optimizer``, ``activations``,
-        ``logits`` and their ``total``.
+        ``frozen_weights``, ``trained_weights``, ``compute_copies``, ``gathered`` (of other devices' shards),
+        ``gradients``, ``optimizer``, ``activations``, ``logits`` and their ``total``.
     """
-    trained = frozen = 0
+    trained = frozen = partly = 0
     for entry in plan.entries.values():
-        n = entry.numel if masked and entry.kind != "all" else entry.numel - entry.frozen_count
+        free = entry.numel - entry.frozen_count
+        n = entry.numel if form == "masked" and free else free
         trained += n
         frozen += entry.numel - n
+        if 0 < free < entry.numel:
+            partly += entry.numel
     master = 4 if phase.master_weights == "fp32" else stored_bytes
-    # autocast keeps one low-precision copy of every trained matrix during forward and backward
-    copies = trained * compute_bytes if compute_bytes < master else 0
+    kept = stored_bytes if compute_bytes < 4 or phase.master_weights == "model" else max(stored_bytes, compute_bytes)
+    head = config.vocab_size * config.hidden_size
+    largest = config.hidden_size * max(config.intermediate_size, config.hidden_size)
+    copies = 0
+    if form == "masked" and compute_bytes < master and shards == 1:
+        copies = (trained - head) * compute_bytes  # autocast keeps a copy of every trained matrix until backward
+    elif form == "assemble" and partly:
+        # dense weights live inside one product; under activation checkpointing those of one layer are kept
+        layer = config.hidden_size * (2 * config.hidden_size + 3 * config.intermediate_size)
+        copies = (layer if phase.activation_checkpointing else largest) * compute_bytes
+    elif form == "resident":
+        # the dense weight takes the place of a frozen part of the same type
+        copies = partly * compute_bytes - (min(frozen, partly) * kept if kept == compute_bytes else 0)
+    gathered = 0
+    if shards > 1:
+        layers = max(1, config.num_hidden_layers)
+        body = trained + frozen - 2 * head if not config.tie_word_embeddings else trained + frozen - head
+        # two layers (one is fetched ahead) in the compute type with one layer's gradients; embedding and head whole
+        gathered = (2 * compute_bytes + master) * max(0, body) // layers
+        gathered += (1 if config.tie_word_embeddings else 2) * head * 2 * master
     tokens = micro * phase.sequence_length
     parts = {
-        "frozen_weights": frozen * (stored_bytes if compute_bytes < 4 else max(stored_bytes, compute_bytes)),
-        "trained_weights": trained * master,
-        "compute_copies": copies,
-        "gradients": trained * master,
-        "optimizer": 2 * trained * master,
+        "frozen_weights": frozen * kept // shards,
+        "trained_weights": trained * master // shards,
+        "compute_copies": max(0, copies),
+        "gathered": gathered,
+        "gradients": trained * master // shards,
+        "optimizer": round(trained * optimizer_bytes(phase, master)) // shards,
         "activations": activations(config, tokens, compute_bytes, checkpointing=phase.activation_checkpointing),
-        "logits": logits(config, tokens),
+        "logits": logits(config, tokens) + head * compute_bytes,
     }
     return {**parts, "total": sum(parts.values())}
+
+
+def optimizer_bytes(phase: Phase, master: int) -> float:
+    """Bytes of optimizer state per trained element."""
+    if phase.optimizer == "adamw_8bit":
+        return 2 * (1 + 4 / 256)  # two moments, each with one fp32 scale per block of 256
+    return 8.0 if phase.optimizer == "adamw_bf16_sr" else 2.0 * master
 
 
 def activations(config: Any, tokens: int, bytes_per: int, *, checkpointing: bool) -> int:
@@ -64,3 +115,166 @@ def activations(config: Any, tokens: int, bytes_per: int, *, checkpointing: bool
 def logits(config: Any, tokens: int) -> int:
     """The chunked head holds at most 256 MiB of fp32 logits and their gradient at a time."""
     return min(tokens * config.vocab_size * 4, 256 * 2**20) * 2
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Settings of a phase and what they need.
+
+    Attributes:
+        changes: recipe keys with new values; empty: the recipe as it is.
+        micro: sequences per forward pass.
+        memory: see :func:`estimate`.
+    """
+
+    changes: Mapping[str, Any]
+    micro: int
+    memory: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        return self.memory["total"]
+
+    def __str__(self) -> str:
+        said = ", ".join(f"{k}: {str(v).lower() if isinstance(v, bool) else v}" for k, v in self.changes.items())
+        return f"{said or 'the recipe as it is'} ({self.total / GIB:.1f} GiB)"
+
+
+# from what changes nothing in the result to what changes most; each set stands for itself
+PRECISION: tuple[dict[str, Any], ...] = (
+    {},
+    {"optimizer": "adamw_8bit"},
+    {"optimizer": "adamw_bf16_sr", "master_weights": "model"},
+    {"optimizer": "adamw_8bit", "master_weights": "model"},
+)
+
+
+def choices(
+    config: Any, plan: FreezePlan, phase: Phase, *, micro: int, shards: int = 1, **about: Any
+) -> Iterator[Choice]:
+    """Settings that need less and less, the most faithful first: smaller passes, checkpointing, then precision.
+
+    Args:
+        micro: sequences per forward pass of the recipe; smaller ones are tried too.
+        about: the remaining arguments of :func:`estimate`.
+    """
+    for precision in PRECISION:
+        if precision.get("master_weights") == "model" and about["stored_bytes"] > 2:
+            continue  # a checkpoint in fp32 stays fp32
+        for checkpointing in (False, True) if not phase.activation_checkpointing else (True,):
+            for sequences in [d for d in range(micro, 0, -1) if micro % d == 0]:
+                changes = {k: v for k, v in precision.items() if getattr(phase, k) != v}
+                if checkpointing and not phase.activation_checkpointing:
+                    changes["activation_checkpointing"] = True
+                if sequences < micro:
+                    changes["per_device_train_batch_size"] = sequences
+                changed = phase.model_copy(update=changes)
+                compute = about["stored_bytes"] if changed.master_weights == "model" else about["compute_bytes"]
+                memory = estimate(
+                    config, plan, changed, micro=sequences, shards=shards, **{**about, "compute_bytes": compute}
+                )
+                yield Choice(changes, sequences, memory)
+
+
+def that_fit(found: Iterator[Choice], available: float, count: int = 3) -> list[Choice]:
+    """The first ``count`` choices within ``available`` bytes that differ in more than the size of a pass."""
+    kept: list[Choice] = []
+    seen: set[str] = set()
+    for choice in found:
+        key = str({k: v for k, v in choice.changes.items() if k != "per_device_train_batch_size"})
+        if choice.total <= available and choice.changes and key not in seen:
+            seen.add(key)
+            kept.append(choice)
+        if len(kept) == count:
+            break
+    return kept
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(
+    config: Any,
+    plan: FreezePlan,
+    phase: Phase,
+    *,
+    micro: int,
+    device: torch.device,
+    stored: torch.dtype,
+    world: World = ALONE,
+) -> Iterator[None]:
+    """Turn an out-of-memory error into one that says what needs how much and which settings would fit.
+
+    Raises:
+        AddlangError: memory ran out inside.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch's own is a RuntimeError
+        if not ran_out(error):
+            raise
+        raise out_of_memory(config, plan, phase, micro=micro, device=device, stored=stored, world=world) from error
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or in the host."""
+    import torch
+
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        "out of memory" in text or "can't allocate memory" in text
+    )
+
+
+def out_of_memory(
+    config: Any,
+    plan: FreezePlan,
+    phase: Phase,
+    *,
+    micro: int,
+    device: torch.device,
+    stored: torch.dtype,
+    world: World = ALONE,
+) -> AddlangError:
+    """The error with the estimate and at most three settings that would fit."""
+    from addlang.train.loop import compute_dtype
+
+    shards = world.size if sharding_of(phase, world) == "fsdp" else 1
+    about = {
+        "stored_bytes": stored.itemsize,
+        "compute_bytes": (compute_dtype(phase, device) or stored).itemsize,
+        "form": form_of(plan, phase),
+    }
+    need = estimate(config, plan, phase, micro=micro, shards=shards, **about)  # type: ignore[arg-type]
+    available = device_memory(device) * USABLE
+    fits = that_fit(choices(config, plan, phase, micro=micro, shards=shards, **about), available)
+    parts = ", ".join(f"{k.replace('_', ' ')} {v / GIB:.1f}" for k, v in need.items() if k != "total")
+    if fits:
+        fix = "one of: " + "; ".join(map(str, fits))
+    else:
+        fix = "no setting of one device would fit: shard over more devices (torchrun --nproc-per-node N), or raise the strategy's ratio"
+    return AddlangError(
+        f"memory ran out in phase '{phase.name}': training needs about {need['total'] / GIB:.1f} GiB per device "
+        f"({parts}), and {available / GIB:.1f} GiB can be used",
+        fix,
+    )
+
+
+def form_of(plan: FreezePlan, phase: Phase, *, splittable: bool = True) -> Form:
+    """The form of execution whose memory is estimated; of the split ones the one that is chosen where memory is short.
+
+    Args:
+        splittable: whether split execution can run the plan.
+    """
+    if phase.execution == "masked" or not splittable or any(e.kind == "elements" for e in plan.entries.values()):
+        return "masked"
+    return "assemble"
+
+
+def device_memory(device: torch.device) -> int:
+    """All memory of the device, or of the host for the CPU, in bytes."""
+    import os
+
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

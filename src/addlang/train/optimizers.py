@@ -1,7 +1,8 @@
 """Optimizers of a phase, their parameter groups, and the form in which their state is stored.
 
 - ``adamw``: torch's fused AdamW; state in the type of what is trained (fp32 masters: fp32 state).
-- ``adamw_8bit``: torchao's AdamW with both moments in 8 bits (block-wise, arXiv 2110.02861).
+- ``adamw_8bit``: torchao's AdamW with both moments in 8 bits (block-wise, arXiv 2110.02861); weights in bf16
+  (``master_weights: model``) are rounded stochastically, fp32 masters are not touched by that.
 - ``adamw_bf16_sr``: bf16 weights and gradients, rounded stochastically after an fp32 update, fp32 moments. The moments are
   not bf16 as in torchao's own class: with beta2 = 0.999 a bf16 second moment never decays, because one step's
   change of 0.1 % is less than half of its last place (0.2 %).
@@ -39,7 +40,9 @@ def build_optimizer(attached: Attached, phase: Phase) -> torch.optim.Optimizer:
         return torch.optim.AdamW(groups, lr=phase.learning_rate, betas=betas, eps=eps, fused=True)
     require_compiler(phase.optimizer)
     if phase.optimizer == "adamw_8bit":
-        built: torch.optim.Optimizer = _torchao().AdamW8bit(groups, lr=phase.learning_rate, betas=betas, eps=eps)
+        built: torch.optim.Optimizer = _torchao().AdamW8bit(
+            groups, lr=phase.learning_rate, betas=betas, eps=eps, bf16_stochastic_round=True
+        )
         return built
     for name, p in attached.named_trainable():
         if p.dtype != torch.bfloat16:

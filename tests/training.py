@@ -1,0 +1,100 @@
+"""What the tests of the loop share: data that are a function of their number, a phase, an attached tiny model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import calibration, make_model
+
+from addlang.recipe import Phase
+from addlang.strategies import PlanInputs, make_strategy
+from addlang.train.loop import Schedule, train
+
+CPU = torch.device("cpu")
+L = 24
+
+
+class Data:
+    """Random sequences, a pure function of their number, with labels of different counts."""
+
+    def __init__(self, hook: Any = None) -> None:
+        self.hook = hook
+
+    def batch(self, first: int, count: int) -> dict[str, np.ndarray[Any, Any]]:
+        if self.hook is not None:
+            self.hook(first)
+        ids, labels = [], []
+        for k in range(first, first + count):
+            r = np.random.default_rng(k)
+            row = r.integers(6, 260, L)
+            ids.append(row)
+            labels.append(np.where(np.arange(L) < L - r.integers(0, 10), row, -100))
+        positions = np.broadcast_to(np.arange(L), (count, L)).copy()
+        return {"input_ids": np.stack(ids), "labels": np.stack(labels), "position_ids": positions}
+
+    def describe_rows(self, first: int, count: int) -> list[dict[str, Any]]:
+        return [{"sequence": k} for k in range(first, first + count)]
+
+
+def phase(**kw: Any) -> Phase:
+    settings: dict[str, Any] = {
+        "datasets": [{"path": "x"}], "strategy": {"name": "ssu"}, "sequence_length": L, "learning_rate": 1e-2, "weight_decay": 0.1,
+        "save_steps": 3, "logging_steps": 1, "warmup_steps": 2,
+    }  # fmt: skip
+    return Phase(**{**settings, **kw})
+
+
+def attach(
+    strategy: str = "ssu",
+    dtype: torch.dtype = torch.float32,
+    architecture: str = "llama",
+    execution: str = "masked",
+    masters: bool = True,
+    **options: Any,
+) -> Any:
+    model = make_model(architecture).to(dtype)
+    s = make_strategy(strategy, options)
+    plan = s.plan(model, PlanInputs(special_token_ids=(0, 1, 2), calibration=lambda: calibration()))
+    return s.attach(model, plan, execution, masters=masters)
+
+
+def run(
+    directory: Path, attached: Any = None, steps: int = 8, data: Any = None, micro: int = 2, batch: int = 4, **kw: Any
+) -> Any:
+    """Train; keywords of ``train`` (world, guards) are told from those of the phase."""
+    attached = attached or attach()
+    directory.mkdir(exist_ok=True, parents=True)
+    own = {k: kw.pop(k) for k in ("world", "guards") if k in kw}
+    schedule = Schedule(steps, batch, micro)
+    train(attached, data or Data(), phase(**kw), directory, device=CPU, schedule=schedule, seed=0, **own)
+    return attached
+
+
+def weights(attached: Any) -> dict[str, torch.Tensor]:
+    return {n: t.clone() for n, t in attached.export()}
+
+
+def make_exact(patch: pytest.MonkeyPatch) -> None:
+    """Norms, rotary angles and the softmax of transformers are hard-wired to fp32; let them follow the model's type."""
+    to, floats, softmax = torch.Tensor.to, torch.Tensor.float, torch.nn.functional.softmax
+
+    def keep_double(self: torch.Tensor, *args: Any, **kw: Any) -> torch.Tensor:
+        wanted = kw.get("dtype", args[0] if args else None)
+        return self if self.dtype == torch.float64 and wanted == torch.float32 else to(self, *args, **kw)
+
+    def keep_softmax(x: torch.Tensor, *args: Any, **kw: Any) -> torch.Tensor:
+        if x.dtype == torch.float64:
+            kw["dtype"] = torch.float64
+        return softmax(x, *args, **kw)
+
+    patch.setattr(torch.Tensor, "to", keep_double)
+    patch.setattr(torch.Tensor, "float", lambda self: self if self.dtype == torch.float64 else floats(self))
+    patch.setattr(torch.nn.functional, "softmax", keep_softmax)
+
+
+class Killed(BaseException):
+    pass
