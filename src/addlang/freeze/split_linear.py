@@ -64,7 +64,10 @@ class SplitLinear(nn.Linear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The dense weight [out, in] for code that reads it; differentiable, made anew at every access."""
-        dense = self._assembled(self._dtype)
+        dtype = self._dtype
+        frozen, trainable = self._frozen().to(dtype), self.weight_trainable.to(dtype)
+        dense = frozen.new_zeros(len(self.index_frozen) + len(self.index_trainable), frozen.shape[1])
+        dense = dense.index_copy(0, self.index_frozen, frozen).index_copy(0, self.index_trainable, trainable)
         return dense.t() if self.kind == "columns" else dense
 
     @property
@@ -206,9 +209,36 @@ def unsplit_linear(layer: SplitLinear) -> nn.Linear:
 
 
 def assemble(frozen: Tensor, trainable: Tensor, at_frozen: Tensor, at_trainable: Tensor, dtype: torch.dtype) -> Tensor:
-    """Both pieces in one tensor [k + n, other] of ``dtype``, rows in their original order."""
-    dense = torch.empty(len(at_frozen) + len(at_trainable), trainable.shape[1], dtype=dtype, device=trainable.device)
-    return dense.index_copy_(0, at_frozen, frozen.to(dtype)).index_copy_(0, at_trainable, trainable.to(dtype))
+    """Both pieces in one tensor [k + n, other] of ``dtype``, rows in their original order; see :func:`give_back`."""
+    dense = _borrow((len(at_frozen) + len(at_trainable), trainable.shape[1]), dtype, trainable.device)
+    for piece, index in ((frozen, at_frozen), (trainable, at_trainable)):
+        if piece.dtype == dtype:
+            dense.index_copy_(0, index, piece)
+        else:
+            cast = _borrow(tuple(piece.shape), dtype, piece.device).copy_(piece)
+            dense.index_copy_(0, index, cast)
+            give_back(cast)
+    return dense
+
+
+_spare: dict[tuple[tuple[int, ...], torch.dtype], list[Tensor]] = {}
+
+
+def _borrow(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised tensor. CPU memory is used again and again: a new block of megabytes comes from the system page
+    by page, which takes longer than filling it. (A GPU has its caching allocator.)"""
+    if device.type == "cpu":
+        try:
+            return _spare[shape, dtype].pop()
+        except (KeyError, IndexError):  # asked and taken in one, for other threads borrow too
+            pass
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def give_back(x: Tensor) -> None:
+    """Nothing refers to this temporary any more; the next one of its shape may use its memory."""
+    if x.device.type == "cpu":
+        _spare.setdefault((tuple(x.shape), x.dtype), []).append(x)
 
 
 class _SplitProduct(torch.autograd.Function):
@@ -226,22 +256,22 @@ class _SplitProduct(torch.autograd.Function):
         layer: SplitLinear,
     ) -> Tensor:
         """x: [..., in] in its own type, for autograd; xc: the same values in the compute type."""
-        resident = dense is not None
+        resident, phase = dense is not None, _checkpoint_phase()
         if dense is None:
-            assert frozen is not None or layer.weight_dense is not None
             source = layer._frozen() if frozen is None else frozen
             dense = assemble(source, trainable, layer.index_frozen, layer.index_trainable, xc.dtype)
         columns = layer.kind == "columns"
         y = nn.functional.linear(xc, dense.t() if columns else dense, None if bias is None else bias.to(xc.dtype))
-        recomputed = _under_checkpoint()
         ctx.layer, ctx.compute, ctx.shape, ctx.x_dtype = layer, xc.dtype, x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.resident = dense if resident else None
         # a gather in a pass that will be repeated would be done twice
-        ctx.narrow = columns and layer.narrow_save and not recomputed and ctx.needs_input_grad[3]
+        ctx.narrow = columns and layer.narrow_save and phase is None and ctx.needs_input_grad[3]
         kept = _take(xc.reshape(-1, xc.shape[-1]), layer.index_trainable) if ctx.narrow else xc
-        ctx.has_dense = recomputed and not resident
+        ctx.has_dense = phase is not None and not resident
         ctx.save_for_backward(kept, *((dense,) if ctx.has_dense else (frozen, trainable)))
+        if not resident and phase != "recompute":  # the checkpoint drops what its first pass saves
+            give_back(dense)
         return y
 
     @staticmethod
@@ -269,13 +299,17 @@ class _SplitProduct(torch.autograd.Function):
                 source = layer._frozen() if frozen is None else frozen
                 dense = assemble(source, trainable, layer.index_frozen, layer.index_trainable, ctx.compute)
             dx = (g @ (dense.t() if columns else dense)).reshape(ctx.shape).to(ctx.x_dtype)
-            del dense
+            if ctx.resident is None:
+                give_back(dense)
         if ctx.needs_input_grad[3]:
             x = kept.reshape(-1, kept.shape[-1])
-            if columns:
-                dw = (x if ctx.narrow else _take(x, layer.index_trainable)).t() @ g
+            if ctx.narrow:
+                dw = x.t() @ g
             else:
-                dw = _take(g, layer.index_trainable).t() @ x
+                wide, other = (x, g) if columns else (g, x)
+                part = _take(wide, layer.index_trainable)
+                dw = part.t() @ other
+                give_back(part)
             dw = dw.to(layer.weight_trainable.dtype)
         if ctx.needs_input_grad[4]:
             db = g.sum(0).to(ctx.bias_dtype)
@@ -284,9 +318,10 @@ class _SplitProduct(torch.autograd.Function):
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
     """``x[:, index]``; on a CPU index_select copies 16-bit elements 1.4 times slower than gather."""
+    out = _borrow((x.shape[0], len(index)), x.dtype, x.device)
     if x.device.type == "cpu" and x.element_size() == 2:
-        return x.gather(1, index.expand(x.shape[0], -1))
-    return x.index_select(1, index)
+        return torch.gather(x, 1, index.expand(x.shape[0], -1), out=out)
+    return torch.index_select(x, 1, index, out=out)
 
 
 def _compute_dtype(x: Tensor, trainable: Tensor) -> torch.dtype:
@@ -319,11 +354,13 @@ def _shared_cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return cast
 
 
-def _under_checkpoint() -> bool:
-    """Whether torch's non-reentrant activation checkpoint handles the tensors that are saved now."""
+def _checkpoint_phase() -> Literal["forward", "recompute"] | None:
+    """The pass of torch's non-reentrant activation checkpoint that we are in."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     hooks = top(False) if top is not None else None
-    return hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
+    if hooks is None or getattr(hooks[0], "__module__", "") != "torch.utils.checkpoint":
+        return None
+    return "forward" if hooks[0].__qualname__.startswith("_checkpoint_hook.") else "recompute"
 
 
 def _whole(x: Tensor) -> Tensor:

@@ -1,0 +1,295 @@
+"""Time, arithmetic and peak memory of one optimizer step: full fine-tuning, masked, and split execution.
+
+    python benchmarks/step.py --preset 100m --json step.json
+
+Real configurations with random weights: fp32 throughout, or stored in bf16 as checkpoints are, with fp32 masters of
+what trains, under bf16 autocast. AdamW with fp32 state. Every measurement runs in a process of its own, so that peak
+memory is that of one mode; the processes of one setting take turns, step by step, so that all modes meet the same load
+of the machine. Time is the median over steps; cpu_time, on a CPU, is the processor time of the process, which says more
+where others use the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+MODES = ("full", "masked", "split_assemble", "split_resident")
+PRESETS: dict[str, dict[str, int]] = {
+    # 97.5 M, 84.9 M of them in linear layers
+    "100m": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12,
+             "num_key_value_heads": 12, "vocab_size": 8192},
+    # Llama 3.2 1B, untied
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+           "num_key_value_heads": 8, "vocab_size": 128256},
+    # OLMo 2 7B and 13B (arXiv 2501.00656)
+    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+           "num_key_value_heads": 32, "vocab_size": 100352},
+    "13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40,
+            "num_key_value_heads": 40, "vocab_size": 100352},
+}  # fmt: skip
+
+
+def build(preset: str, device: str, sequence_length: int, precision: str) -> Any:
+    """A Llama (100m, 1b) or OLMo 2 (7b, 13b) with random weights, made on the device."""
+    import torch
+    import transformers
+
+    family = "Olmo2" if preset in ("7b", "13b") else "Llama"
+    config = getattr(transformers, f"{family}Config")(
+        **PRESETS[preset], max_position_embeddings=max(4096, sequence_length), tie_word_embeddings=False
+    )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16 if precision == "bf16" else torch.float32)
+    try:
+        with torch.device(device):
+            model = getattr(transformers, f"{family}ForCausalLM")(config)
+    finally:
+        torch.set_default_dtype(before)
+    model.config.use_cache = False
+    return model.train()
+
+
+def half_of_the_columns(model: Any) -> Any:
+    """Half of the columns of every linear layer but the head, as SSU freezes; half of every vector."""
+    import torch
+
+    from addlang.freeze.plan import FreezePlan, Frozen
+
+    g = torch.Generator().manual_seed(0)
+    outside = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    entries = {}
+    for name, p in model.named_parameters():
+        shape = tuple(p.shape)
+        index = torch.randperm(shape[-1], generator=g)[: shape[-1] // 2].sort().values
+        entries[name] = Frozen(shape, "none") if id(p) in outside else Frozen(shape, "columns", index)
+    return FreezePlan(entries)
+
+
+class Step:
+    """One mode, ready to make optimizer steps."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        import torch
+
+        from addlang.freeze.execution import attach_plan
+        from addlang.freeze.plan import FreezePlan
+        from addlang.train.loss import token_loss
+
+        torch.manual_seed(0)
+        self.device = args.device
+        model = build(args.preset, args.device, args.sequence_length, args.precision)
+        if args.checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        plan = half_of_the_columns(model)
+        if args.mode == "full":
+            self.attached = attach_plan(model, FreezePlan.empty(model), "masked")
+        else:
+            self.attached = attach_plan(model, plan, args.mode)
+        self.model = model
+        on_gpu = args.device == "cuda"
+        groups = self.attached.param_groups(0.01)
+        self.optimizer = torch.optim.AdamW(groups, lr=5e-5, fused=True)
+        shape = (args.batch, args.sequence_length)
+        ids = torch.randint(0, model.config.vocab_size, shape, device=args.device)
+        self.batch = {"input_ids": ids, "labels": ids}
+        self.autocast: Callable[[], Any] = lambda: torch.autocast(
+            args.device, torch.bfloat16, enabled=args.precision == "bf16"
+        )
+        self.synchronize: Callable[[], None] = torch.cuda.synchronize if on_gpu else lambda: None
+        self.loss = token_loss
+
+    def __call__(self) -> tuple[float, float]:
+        """One step; its seconds, on the clock and on the processor."""
+        import torch
+
+        self.synchronize()
+        start, used = time.perf_counter(), time.process_time()
+        with self.autocast():
+            loss, tokens = self.loss(self.model, self.batch)
+        (loss / tokens).backward()
+        self.attached.before_clip(0)
+        torch.nn.utils.clip_grad_norm_([p for _, p in self.attached.named_trainable()], 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.attached.after_step(0)
+        self.synchronize()
+        return time.perf_counter() - start, time.process_time() - used
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in use now, after what was freed is given back to the system."""
+    if platform.system() == "Linux":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    return 0
+
+
+class Peak:
+    """Largest resident memory while open, sampled every 2 ms: the kernel's own high-water mark cannot be reset here."""
+
+    def __enter__(self) -> Peak:
+        self.bytes, self._open = 0, True
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while self._open:
+            self.bytes = max(self.bytes, int(Path("/proc/self/statm").read_text().split()[1]) * 4096)
+            time.sleep(0.002)
+
+    def __exit__(self, *_: object) -> None:
+        self._open = False
+        self._thread.join()
+
+
+def child(args: argparse.Namespace) -> None:
+    """One mode: build, report what a step computes and the peak memory, then make a step for each line read."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    import addlang.freeze.execution
+    import addlang.strategies.base
+    import addlang.train.loss  # noqa: F401 - modules count as baseline
+
+    torch.set_num_threads(args.threads)
+    cuda = args.device == "cuda"
+    empty = resident_bytes()
+    step = Step(args)
+    step()  # makes the optimizer's state and the resident weights
+    with FlopCounterMode(display=False) as counter:
+        step()
+    flops = counter.get_total_flops()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        resident_bytes()
+        with Peak() as watch:
+            step()
+        peak = watch.bytes - empty
+    print(json.dumps({"flops": flops, "peak_memory": peak}), flush=True)
+    for _ in sys.stdin:
+        print(json.dumps(step()), flush=True)
+
+
+def measure(args: argparse.Namespace, precision: str, checkpointing: bool) -> dict[str, Any]:
+    """All modes of one setting; on a GPU one after the other, on a CPU taking turns."""
+    batch = args.batch or (1 if args.device == "cpu" and precision == "fp32" else 4)
+    print(
+        f"{args.preset}, {precision}, batch {batch} x {args.sequence_length}, checkpointing {'on' if checkpointing else 'off'}",
+        file=sys.stderr,
+    )
+    modes: dict[str, dict[str, Any]] = {}
+    running: dict[str, subprocess.Popen[str]] = {}
+    times: dict[str, list[list[float]]] = {m: [] for m in args.modes}
+    for mode in args.modes:
+        command = [
+            sys.executable, __file__, "--child", "--mode", mode, "--precision", precision, "--preset", args.preset,
+            "--device", args.device, "--batch", str(batch), "--sequence_length", str(args.sequence_length),
+            "--threads", str(args.threads), *(["--checkpointing"] if checkpointing else []),
+        ]  # fmt: skip
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        first = process.stdout.readline()
+        if not first:
+            assert process.stderr is not None
+            modes[mode] = {"failed": process.stderr.read().strip().splitlines()[-1]}
+            print(f"  {mode}: {modes[mode]['failed']}", file=sys.stderr)
+            continue
+        modes[mode] = json.loads(first)
+        if args.device == "cuda":  # two models of 7B do not fit one GPU
+            times[mode] = [ask(process) for _ in range(args.steps)]
+            process.communicate("")
+        else:
+            running[mode] = process
+    for _ in range(args.steps):
+        for mode, process in running.items():
+            times[mode].append(ask(process))
+    for process in running.values():
+        process.communicate("")
+    for mode, result in modes.items():
+        if times[mode]:
+            clock, used = zip(*times[mode], strict=True)
+            result.update(time=statistics.median(clock), cpu_time=statistics.median(used), times=clock, cpu_times=used)
+    ratios = {}
+    for mode in args.modes:
+        both = "failed" not in modes[mode] and "failed" not in modes.get("full", {"failed": ""})
+        if mode != "full" and both:
+            keys = ("time", "flops", "peak_memory", *(["cpu_time"] if args.device == "cpu" else []))
+            ratios[f"{mode}/full"] = {k: modes[mode][k] / modes["full"][k] for k in keys}
+    split = [m for m in ("split_assemble", "split_resident") if f"{m}/full" in ratios]
+    if split:  # the form that is faster here
+        ratios["split/full"] = ratios[
+            min(split, key=lambda m: modes[m]["cpu_time" if args.device == "cpu" else "time"]) + "/full"
+        ]
+    for name, r in ratios.items():
+        print(f"  {name:22} " + "  ".join(f"{k} {v:.3f}" for k, v in r.items()), file=sys.stderr)
+    return {"precision": precision, "checkpointing": checkpointing, "batch": batch, "modes": modes, "ratios": ratios}
+
+
+def ask(process: subprocess.Popen[str]) -> list[float]:
+    """Let a child make one step."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+    seconds: list[float] = json.loads(process.stdout.readline())
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="100m")
+    parser.add_argument("--json", help="write the results to this file")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--batch", type=int, help="sequences per step; 4, on a CPU in fp32 1")
+    parser.add_argument("--sequence_length", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
+    parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=("fp32", "bf16"))
+    parser.add_argument("--checkpointings", nargs="+", choices=("off", "on"), default=("off", "on"))
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--mode", choices=MODES, help=argparse.SUPPRESS)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help=argparse.SUPPRESS)
+    parser.add_argument("--checkpointing", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        child(args)
+        return
+    import torch
+
+    settings = [measure(args, p, c == "on") for p in args.precisions for c in args.checkpointings]
+    result = {
+        "preset": args.preset,
+        "sequence_length": args.sequence_length,
+        "steps": args.steps,
+        "threads": args.threads,
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "ratios": settings[0]["ratios"],
+        "settings": settings,
+    }
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=1), encoding="utf-8")
+    else:
+        print(json.dumps(result["ratios"], indent=1))
+
+
+if __name__ == "__main__":
+    main()
