@@ -348,6 +348,7 @@ class Run:
                     self._save()
                     saved = time.monotonic()
         self.seconds = before + time.monotonic() - started
+        self._save()
 
     def finish(self) -> dict[str, Any]:
         """Write the model, measure it as written, and put it in its place."""
