@@ -54,9 +54,10 @@ def attach(
     architecture: str = "llama",
     execution: str = "masked",
     masters: bool = True,
+    changes: dict[str, Any] | None = None,
     **options: Any,
 ) -> Any:
-    model = make_model(architecture).to(dtype)
+    model = make_model(architecture, **(changes or {})).to(dtype)
     s = make_strategy(strategy, options)
     plan = s.plan(model, PlanInputs(special_token_ids=(0, 1, 2), calibration=lambda: calibration()))
     return s.attach(model, plan, execution, masters=masters)

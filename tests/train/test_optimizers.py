@@ -1,0 +1,171 @@
+"""Optimizers, their groups, exact resume of each state, and what replaces parts of the model for speed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import make_model, save_model
+
+from addlang.errors import AddlangError
+from addlang.freeze.proof import bits
+from addlang.models import apply_liger, load_model
+from addlang.train.optimizers import build_optimizer, parameter_groups, require_compiler, state_parts
+from training import Data, Killed, attach, phase, run, weights
+
+WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # tensors large enough for 8-bit state
+MODES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # name: (how the model is attached, settings)
+    "8bit": ({}, {"optimizer": "adamw_8bit"}),
+    "8bit-bf16": (
+        {"dtype": torch.bfloat16, "masters": False},
+        {"optimizer": "adamw_8bit", "master_weights": "model"},
+    ),
+    "stochastic": (
+        {"dtype": torch.bfloat16, "masters": False},
+        {"optimizer": "adamw_bf16_sr", "master_weights": "model"},
+    ),
+    "pure-bf16": ({"dtype": torch.bfloat16, "masters": False}, {"master_weights": "model"}),
+    "masters": ({"dtype": torch.bfloat16}, {"precision": "bf16"}),
+    "embedding": ({}, {"embedding_learning_rate": 1e-4, "optimizer": "adamw_8bit"}),
+}
+
+
+@pytest.fixture(autouse=True)
+def _uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchao compiles its step, which takes minutes here and changes no contract."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+
+
+@pytest.mark.parametrize("execution", ["masked", "split"])
+@pytest.mark.parametrize("mode", MODES)
+def test_killed_and_resumed_is_bit_exact_for_every_optimizer(mode: str, execution: str, tmp_path: Path) -> None:
+    how, settings = MODES[mode]
+
+    def fresh() -> Any:
+        return attach(execution=execution, changes=WIDE, **how)
+
+    def kill(first: int) -> None:
+        if first == 5 * 4:
+            raise Killed
+
+    want = weights(run(tmp_path / "whole", fresh(), **settings))
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", fresh(), data=Data(kill), **settings)
+    got = weights(run(tmp_path / "killed", fresh(), **settings))
+    assert all(torch.equal(bits(want[n]), bits(got[n])) for n in want)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_frozen_elements_survive_every_optimizer(mode: str, tmp_path: Path) -> None:
+    how, settings = MODES[mode]
+    attached = attach(changes=WIDE, **how)
+    source = {n: p.detach().clone() for n, p in attached.model.named_parameters()}
+    run(tmp_path, attached, steps=3, **settings)
+    for name, new in attached.export():
+        mask = attached.plan[name].mask()
+        assert torch.equal(bits(new)[mask], bits(source[name])[mask]), name
+        assert not torch.equal(new[~mask], source[name][~mask]), name
+
+
+def test_eight_bit_state_is_eight_bit() -> None:
+    attached = attach("full", changes=WIDE)
+    optimizer = build_optimizer(attached, phase(optimizer="adamw_8bit"))
+    for _, p in attached.named_trainable():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    for name, p in attached.named_trainable():  # torchao leaves small tensors as they are
+        assert (state_parts(optimizer.state[p]["exp_avg"]) is not None) == (p.numel() >= 4096), name
+    parts = state_parts(optimizer.state[attached.model.lm_head.weight]["exp_avg_sq"])
+    assert parts is not None
+    assert parts["codes"].dtype == torch.uint8
+
+
+def test_stochastic_rounding_keeps_updates_that_rounding_to_nearest_loses() -> None:
+    moved = {}
+    for name in ("adamw", "adamw_bf16_sr"):
+        attached = attach("full", torch.bfloat16, masters=False)
+        p = attached.model.lm_head.weight
+        with torch.no_grad():
+            p.fill_(1.0)
+        settings = phase(optimizer=name, master_weights="model", learning_rate=1e-4, weight_decay=0.0)
+        optimizer = build_optimizer(attached, settings)
+        torch.manual_seed(0)
+        for _ in range(20):
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+        moved[name] = float((p.detach().float() - 1).mean())
+        if name == "adamw_bf16_sr":
+            assert optimizer.state[p]["exp_avg_sq"].dtype == torch.float32
+    assert moved["adamw"] == 0.0  # one step is 1e-4, the distance to the next bf16 number is 4e-3
+    assert moved["adamw_bf16_sr"] == pytest.approx(-20e-4, rel=0.1)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+@pytest.mark.parametrize("execution", ["masked", "split"])
+def test_embedding_and_head_have_a_rate_of_their_own(architecture: str, execution: str, tmp_path: Path) -> None:
+    """The first step of Adam without decay moves every element that has a gradient by the learning rate."""
+    attached = attach(architecture=architecture, execution=execution, freeze_special_tokens=True)
+    before = weights(attached)
+    settings = {"embedding_learning_rate": 1e-4, "lr_scheduler_type": "constant", "weight_decay": 0.0}
+    run(tmp_path, attached, steps=1, warmup_steps=0, max_grad_norm=0.0, **settings)
+    for name, new in attached.export():
+        rate = 1e-4 if "embed_tokens" in name or "lm_head" in name else 1e-2
+        assert float((new - before[name]).abs().max()) == pytest.approx(rate, rel=0.02), name
+
+
+def test_the_schedule_scales_all_groups_alike(tmp_path: Path) -> None:
+    attached = attach()
+    groups = parameter_groups(attached, phase(embedding_learning_rate=1e-3))
+    assert [g.get("lr") for g in groups] == [None, None, 1e-3]  # norms and biases are a group of their own
+    counted = [p for g in groups for p in g["params"]]
+    assert len(counted) == len({id(p) for p in counted}) == len(attached.named_trainable())
+
+
+def test_an_embedding_rate_without_embedding_is_refused() -> None:
+    attached = attach(train_embeddings=False, train_lm_head=False)
+    with pytest.raises(AddlangError, match="neither the embedding nor the head is trained"):
+        parameter_groups(attached, phase(embedding_learning_rate=1e-3))
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "adamw_bf16_sr"])
+def test_without_its_library_an_optimizer_says_what_to_install(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    attached = attach("full", torch.bfloat16, masters=False)
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    with pytest.raises(AddlangError, match=r"pip install 'addlang\[optimizers\]'"):
+        build_optimizer(attached, phase(optimizer=name, master_weights="model"))
+
+
+def test_stochastic_rounding_refuses_wide_weights() -> None:
+    with pytest.raises(AddlangError, match="needs weights in bf16"):
+        build_optimizer(attach("full"), phase(optimizer="adamw_bf16_sr", master_weights="model"))
+    with pytest.raises(ValueError, match="needs master_weights: model"):
+        phase(optimizer="adamw_bf16_sr")
+
+
+def test_no_compiler_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    with pytest.raises(AddlangError, match=r"torch_compile needs a C\+\+ compiler"):
+        require_compiler("torch_compile")
+
+
+def test_flash_attention_with_isolated_documents_needs_single_sequences() -> None:
+    with pytest.raises(ValueError, match="isolates packed documents only with per_device_train_batch_size: 1"):
+        phase(attn_implementation="flash_attention_2")
+    assert phase(attn_implementation="flash_attention_2", per_device_train_batch_size=1).isolate_documents
+
+
+def test_attention_implementation_reaches_the_model(tmp_path: Path) -> None:
+    save_model(tmp_path)
+    assert load_model(tmp_path, attn_implementation="eager").config._attn_implementation == "eager"
+    with pytest.raises(AddlangError, match="attn_implementation 'flash_attention_2' cannot be used"):
+        load_model(tmp_path, attn_implementation="flash_attention_2")
+
+
+def test_liger_is_refused_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    with pytest.raises(AddlangError, match="use_liger_kernel: liger-kernel cannot be used"):
+        apply_liger(make_model("llama"))
