@@ -182,7 +182,7 @@ def train(
                 log.write(row)
                 trackers.log(row)
                 window_tokens, window_started = 0, now
-            stopping = world.total(preempted.is_set)[0] > 0 and step < schedule.steps
+            stopping = world.total(preempted.is_set)[0] > 0
             if step % phase.save_steps == 0 or step == schedule.steps or stopping:
                 save(step)
             if stopping:

@@ -1,0 +1,26 @@
+"""Fixtures of the tests that carry out whole runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tinyrun import World
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def offline(shared_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed data and evaluations are shared by the tests; nothing asks the hub."""
+    monkeypatch.setenv("ADDLANG_CACHE", str(shared_cache))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
