@@ -62,7 +62,7 @@ def build(
         output_dir: must not exist or be empty; appears only when complete.
         seed: decides data, order and initial weights.
         steps: of 768 tokens.
-        threads: of torch; default: as many as it uses already.
+        threads: of torch; default: as many as it uses already. Another number gives slightly other weights.
         progress: called after every step with the number of steps done and the loss (nats per token).
 
     Returns:
@@ -88,7 +88,9 @@ def build(
             tokenizer.save_pretrained(temporary)
             facts = _describe(temporary, seed, steps, torch.get_num_threads())
             (temporary / "lab.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-            temporary.chmod(0o755)
+            temporary.chmod(0o755)  # both mkdtemp and safetensors leave what only their owner can read
+            for file in temporary.iterdir():
+                file.chmod(0o644)
             if output.exists():
                 output.rmdir()
             temporary.rename(output)
