@@ -7,17 +7,15 @@ lists the arms, keeps the cores busy and gathers the results. Interrupted, it co
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import time
-from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from addlang.errors import AddlangError
 from addlang.export import write_json
+from addlang.sweep import sweep
 
 LANGUAGE_NAMES = {"sw": "Swahili", "hi": "Hindi"}
 TOKENS = 300 * 512
@@ -244,61 +242,14 @@ def run_lab(root: Path, *, full: bool = False, jobs: int | None = None, overwrit
     note(f"{len(todo)} runs, {jobs} at a time; results go to {root}")
     results: dict[tuple[str, str, int], dict[str, Any]] = {}
     with progress("lab", total=len(todo), unit="runs") as bar:
-        for (arm, seed), path in _pool(todo, root, jobs, max(1, cores // jobs)):
+        recipes = [((arm, seed), recipe_data(arm, seed, root)) for arm, seed in todo]
+        runs = sweep(recipes, workers=jobs, threads=max(1, cores // jobs), cache=root / "cache", where="lab")
+        for (arm, seed), path in runs:
             results[arm.experiment, arm.name, seed] = gather(path, arm, seed)
             bar.update(len(results))
     write_json(root / "lab.json", summary(grid, results, root, time.monotonic() - started))
     write_lab_report(root)
     return root
-
-
-def _pool(todo: list[tuple[Arm, int]], root: Path, jobs: int, threads: int) -> Iterator[tuple[tuple[Arm, int], Path]]:
-    """Run everything in ``jobs`` processes; yields as they finish. The first failure stops the rest."""
-    context = multiprocessing.get_context("spawn")
-    cache = str(root / "cache")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=(threads, cache)) as pool:
-        # one run first: it fills the cache that all the others read
-        head, tail = todo[:1], todo[1:]
-        pending: dict[Future[str], tuple[Arm, int]] = {
-            pool.submit(_work, recipe_data(a, s, root)): (a, s) for a, s in head
-        }
-        queue = list(tail)
-        try:
-            while pending:
-                while queue and len(pending) < jobs + 1:
-                    a, s = queue.pop(0)
-                    pending[pool.submit(_work, recipe_data(a, s, root))] = (a, s)
-                for done in wait(pending, return_when=FIRST_COMPLETED).done:
-                    yield pending.pop(done), Path(done.result())
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def _start_worker(threads: int, cache: str) -> None:
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    os.environ["ADDLANG_CACHE"] = cache
-    from addlang.progress import set_quiet
-
-    set_quiet(True)
-    import torch
-
-    torch.set_num_threads(threads)
-
-
-def _work(data: dict[str, Any]) -> str:
-    from addlang.recipe import Recipe
-    from addlang.run import execute
-    from addlang.rundir import STATE, read_state
-
-    recipe = Recipe.parse(data, where="lab")
-    path = Path(recipe.output_dir)
-    if (path / STATE).is_file():
-        state = read_state(path)
-        if state["status"] == "finished" and state["fingerprint"] == recipe.fingerprint:
-            return str(path)
-    return str(execute(recipe))
 
 
 def gather(path: Path, arm: Arm, seed: int) -> dict[str, Any]:

@@ -1,0 +1,83 @@
+"""Many recipes, several processes at a time, each run in a directory of its own.
+
+A run that is finished is taken as it is and an interrupted one continues, so a sweep that was killed is carried on by
+starting it again.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any, TypeVar
+
+Key = TypeVar("Key")
+
+
+def sweep(
+    todo: Sequence[tuple[Key, Mapping[str, Any]]],
+    *,
+    workers: int,
+    threads: int,
+    cache: Path,
+    where: str = "sweep",
+    work: Callable[[dict[str, Any], str], str] | None = None,
+) -> Iterator[tuple[Key, Path]]:
+    """Carry out recipes; yields each one's key and run directory as it finishes. The first failure stops the rest.
+
+    Args:
+        todo: recipes as plain data, started in this order.
+        workers: runs at a time.
+        threads: of torch, in each.
+        cache: directory that all share, so that the base model is measured once (``ADDLANG_CACHE``).
+        where: named in errors of the recipes.
+        work: carries out one recipe and returns its directory; default: :func:`run_one`.
+
+    Raises:
+        AddlangError: whatever the first failing run raised.
+    """
+    context = multiprocessing.get_context("spawn")
+    start = (threads, str(cache))
+    queue = [(key, dict(data)) for key, data in todo]
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker, initargs=start) as pool:
+        pending: dict[Future[str], Key] = {}
+        try:
+            while queue or pending:
+                while queue and len(pending) < workers + 1:  # one waits, so that no process does
+                    key, data = queue.pop(0)
+                    pending[pool.submit(work or run_one, data, where)] = key
+                for done in wait(pending, return_when=FIRST_COMPLETED).done:
+                    yield pending.pop(done), Path(done.result())
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def start_worker(threads: int, cache: str) -> None:
+    """Settings of a process of the pool."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["ADDLANG_CACHE"] = cache
+    from addlang.progress import set_quiet
+
+    set_quiet(True)
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def run_one(data: dict[str, Any], where: str) -> str:
+    """Carry out one recipe unless its directory holds the finished run; returns the directory."""
+    from addlang.recipe import Recipe
+    from addlang.run import execute
+    from addlang.rundir import STATE, read_state
+
+    recipe = Recipe.parse(data, where=where)
+    path = Path(recipe.output_dir)
+    if (path / STATE).is_file():
+        state = read_state(path)
+        if state["status"] == "finished" and state["fingerprint"] == recipe.fingerprint:
+            return str(path)
+    return str(execute(recipe))

@@ -1,0 +1,62 @@
+"""The pool of runs: order, failure, and what a worker finds."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from addlang.errors import AddlangError
+from addlang.sweep import run_one, sweep
+
+
+def note_settings(data: dict[str, Any], where: str) -> str:
+    import torch
+
+    path = Path(data["output_dir"])
+    path.mkdir(parents=True)
+    (path / "seen").write_text(f"{torch.get_num_threads()} {os.environ['ADDLANG_CACHE']} {where}", encoding="utf-8")
+    return str(path)
+
+
+def test_every_run_is_yielded_with_its_key(tmp_path: Path) -> None:
+    names = ["a", "b", "c", "d", "e"]
+    todo = [(name, {"output_dir": str(tmp_path / name)}) for name in names]
+    found = dict(sweep(todo, workers=2, threads=1, cache=tmp_path / "cache", where="here", work=note_settings))
+    assert found == {name: tmp_path / name for name in names}
+    seen = {(path / "seen").read_text(encoding="utf-8") for path in found.values()}
+    assert seen == {f"1 {tmp_path / 'cache'} here"}
+
+
+def test_nothing_to_do(tmp_path: Path) -> None:
+    assert list(sweep([], workers=2, threads=1, cache=tmp_path)) == []
+
+
+def test_the_error_of_a_run_is_raised(tmp_path: Path) -> None:
+    todo = [("bad", {"output_dir": str(tmp_path / "out"), "model_name_or_path": "lab", "langage": "ig"})]
+    with pytest.raises(AddlangError, match=r"(?s)my grid: .*langage"):
+        list(sweep(todo, workers=1, threads=1, cache=tmp_path / "cache", where="my grid"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_finished_run_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from addlang.export import write_json
+    from addlang.recipe import Recipe
+
+    data = {
+        "model_name_or_path": "lab",
+        "language": "ig",
+        "output_dir": str(tmp_path / "out"),
+        "strategy": "full",
+        "datasets": [{"path": "text.jsonl"}],
+    }
+    fingerprint = Recipe.parse(data).fingerprint
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr("addlang.run.execute", lambda recipe: tmp_path / "executed")
+    for status, expected in (("finished", "out"), ("running", "executed")):
+        write_json(tmp_path / "out" / "state.json", {"status": status, "fingerprint": fingerprint})
+        assert run_one(data, "x") == str(tmp_path / expected)
+    write_json(tmp_path / "out" / "state.json", {"status": "finished", "fingerprint": "of another recipe"})
+    assert run_one(data, "x") == str(tmp_path / "executed")
