@@ -126,7 +126,7 @@ def adapt(
     schedule = Schedule(data.sequences // data.batch_size, data.batch_size, micro)
 
     def prepare(model: Any) -> tuple[FreezePlan, list[ActiveGuard]]:
-        plan = make_plan(run, phase, model, model_hash, tokenizer, base_dir)
+        plan = make_plan(run, phase, model, model_hash, tokenizer, base_dir, data, schedule)
         return plan, start_guards(run, phase, model, model_hash, tokenizer, device, schedule, base_dir)
 
     sharded = sharding_of(phase, world) == "fsdp"
@@ -162,13 +162,21 @@ def require_proof(run: RunDir, phase: Phase) -> None:
 
 
 def make_plan(
-    run: RunDir, phase: Phase, model: Any, model_hash: str, tokenizer: Any, base_dir: Path | None
+    run: RunDir,
+    phase: Phase,
+    model: Any,
+    model_hash: str,
+    tokenizer: Any,
+    base_dir: Path | None,
+    data: PhaseData,
+    schedule: Schedule,
 ) -> FreezePlan:
     """The phase's freeze plan: made once, saved, and loaded again on resume."""
     from addlang.data.calibration import calibration_batches
     from addlang.freeze.plan import FreezePlan
     from addlang.progress import progress
     from addlang.strategies import PlanInputs
+    from addlang.train.loop import step_batches
 
     path = run.plan_path(phase)
     if run.done(f"plan:{phase.name}"):
@@ -188,6 +196,8 @@ def make_plan(
             calibration=lambda: calibration_batches(
                 phase.calibration, tokenizer, language=run.recipe.source_language, base_dir=base_dir
             ),
+            target=lambda: step_batches(data, schedule),
+            settings=phase,
             progress=lambda done, total, _what: _advance(bar, done, total),
         )
         plan = phase.strategy.plan(model, inputs)
@@ -377,12 +387,11 @@ def write_reports(path: Path) -> None:
 
 def check_requirements(recipe: Recipe) -> None:
     """What can be known to fail before any weight is loaded."""
+    from addlang.models import Checkpoint, resolve
+
     for phase in recipe.phases:
-        unknown = phase.strategy.requires() - {"source_text"}
-        if unknown:
-            raise AddlangError(
-                f"phase '{phase.name}': strategy '{phase.strategy.name}' needs {', '.join(sorted(unknown))}"
-            )
+        if "reference_model" in phase.strategy.requires():
+            Checkpoint(resolve(phase.strategy.reference_model))
 
 
 def check_model(recipe: Recipe, source: Path, tokenizer: Any) -> None:

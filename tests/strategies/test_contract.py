@@ -42,6 +42,7 @@ STRATEGIES: dict[str, list[dict[str, Any]]] = {
     "layers": [{"freeze": "0"}, {"train": [-1]}, {"freeze": "mlp|norm"}],
     "s2ft": [{}, {"d_ratio": 0.11, "o_ratio": 0.25}, {"freeze_special_tokens": True}],
     "lf_h1": [{}],
+    "lota": [{"warmup_steps": 2}, {"warmup_steps": 2, "sparsity": 0.5, "include_norms": True}],
     "lf_h2": [{"reference_model": "@reference", **o} for o in ({}, {"unit": "head"}, {"unit": "layer"})],
     "gmt": [{}, {"ratio": 0.875, "include_embeddings": True}, {"freeze_special_tokens": True}],
     "lisa": [{"active_layers": 1, "interval": 1}, {"active_layers": 2}, {"freeze_special_tokens": True}],
@@ -72,7 +73,16 @@ def without_defaults(name: str) -> dict[str, Any]:
 
 
 def inputs(seed: int = 0, model_hash: str = "") -> PlanInputs:
-    return PlanInputs(seed=seed, model_hash=model_hash, special_token_ids=(0, 1, 2), calibration=lambda: calibration())
+    return PlanInputs(
+        seed=seed, model_hash=model_hash, special_token_ids=(0, 1, 2), calibration=calibration, target=target_batches
+    )
+
+
+def target_batches() -> Any:
+    """Two optimizer steps' worth of target text."""
+    for step in (1, 2):
+        ids = torch.randint(6, 260, (2, 24), generator=torch.Generator().manual_seed(step))
+        yield [{"input_ids": ids, "labels": ids, "position_ids": torch.arange(24).expand(2, -1)}]
 
 
 def adamw_steps(attached: Any, steps: int = 4) -> None:

@@ -249,6 +249,13 @@ def compute_context(phase: Phase, device: torch.device, *, cache: bool = True) -
     return contextlib.nullcontext
 
 
+def step_batches(data: TrainingData, schedule: Schedule) -> Iterator[list[dict[str, Tensor]]]:
+    """The phase's micro-batches on the CPU, one list per optimizer step, for strategies that look at the data first."""
+    for step in range(schedule.steps):
+        arrays = data.batch(step * schedule.batch, schedule.batch)
+        yield list(micro_batches(arrays, schedule.micro, torch.device("cpu")))
+
+
 def micro_batches(
     arrays: dict[str, np.ndarray[Any, Any]], micro: int, device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
