@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
 from tiny import ARCHITECTURES, make_tokenizer, save_model
 
 from addlang.errors import AddlangError, PreemptedError, ProofError
@@ -26,25 +25,23 @@ from addlang.run import execute
 from addlang.rundir import RunDir, read_state
 from addlang.train import loop
 from addlang.verify import verify_run
-from tinyrun import Killed, World, chat_rows, dying_at, listing, metrics, same, text_rows, weights, write_rows
+from tinyrun import (
+    Killed,
+    World,
+    chat_rows,
+    dying_at,
+    flip_bit,
+    frozen_place,
+    listing,
+    metrics,
+    same,
+    text_rows,
+    weights,
+    write_rows,
+)
 
 pytestmark = pytest.mark.usefixtures("offline")
 STRATEGIES = ("full", "ssu")
-
-
-def frozen_place(directory: Path) -> tuple[str, tuple[int, int]]:
-    """A weight matrix and a position in it that the plan freezes."""
-    plan = FreezePlan.load(directory / "freeze_plan.safetensors")
-    name = "model.layers.1.mlp.up_proj.weight"
-    row, column = plan[name].mask().nonzero()[0].tolist()
-    return name, (row, column)
-
-
-def flip_bit(directory: Path, name: str, place: tuple[int, int]) -> None:
-    file = directory / Checkpoint(directory).location[name]
-    tensors = load_file(file)
-    tensors[name].view(torch.int16)[place] ^= 1
-    save_file(tensors, file, metadata={"format": "pt"})
 
 
 @pytest.fixture(scope="module")
@@ -303,8 +300,8 @@ def test_a_run_whose_proof_failed_stays_failed_when_it_is_continued(
 ) -> None:
     import addlang.export
 
-    def careless(source: Checkpoint, attached: Any, plan: FreezePlan, out: Path) -> None:
-        original(source, attached, plan, out)
+    def careless(source: Checkpoint, attached: Any, plan: FreezePlan, out: Path, **kw: Any) -> None:
+        original(source, attached, plan, out, **kw)
         name = "model.layers.1.mlp.up_proj.weight"
         flip_bit(out, name, tuple(plan[name].mask().nonzero()[0].tolist()))
 

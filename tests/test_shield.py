@@ -14,12 +14,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent / "freeze"))
 sys.path.insert(0, str(Path(__file__).parent))
 from test_split import CASES, assert_frozen_intact, batches, make, make_plan
+from tiny import make_model, make_tokenizer
 
 from addlang.errors import AddlangError
 from addlang.freeze.plan import FreezePlan
 from addlang.freeze.split_linear import SplitLinear
 from addlang.shielding import shield, unshield
-from tiny import make_model, make_tokenizer
 
 DOCS = Path(__file__).parent.parent / "docs" / "shield.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.S)

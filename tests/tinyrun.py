@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import save_model
 
+from addlang.freeze.plan import FreezePlan
 from addlang.freeze.proof import bits
+from addlang.models import Checkpoint
 from addlang.recipe import Recipe
 
 SPEEDS = ("seconds", "tokens_per_second")
@@ -72,6 +74,21 @@ class World:
 def weights(directory: Path) -> dict[str, torch.Tensor]:
     """Bit patterns of every tensor of a checkpoint, whatever its files."""
     return {n: bits(t) for f in sorted(directory.glob("model*.safetensors")) for n, t in load_file(f).items()}
+
+
+def frozen_place(directory: Path) -> tuple[str, tuple[int, int]]:
+    """A weight matrix and a position in it that the plan freezes."""
+    plan = FreezePlan.load(directory / "freeze_plan.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    row, column = plan[name].mask().nonzero()[0].tolist()
+    return name, (row, column)
+
+
+def flip_bit(directory: Path, name: str, place: tuple[int, int]) -> None:
+    file = directory / Checkpoint(directory).location[name]
+    tensors = load_file(file)
+    tensors[name].view(torch.int16)[place] ^= 1
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def same(a: Path, b: Path) -> bool:

@@ -284,21 +284,20 @@ def verify(
 
     quiet(as_json)
     proof = verify_run(run_dir, source)
+    names = [t["name"] for p in proof["phases"] for t in p["tensors"] if t["frozen_changed"]]
+    failure = ProofError(f"frozen elements differ in {len(names)} tensor(s): {', '.join(names[:10])}")
     if as_json:
-        emit(proof)
-    else:
-        for p in proof["phases"]:
-            share = p["trainable_moved"] / p["trainable_elements"] if p["trainable_elements"] else 0.0
-            print(
-                f"phase {p['phase']}: {p['frozen_changed']:,} of {p['frozen_elements']:,} frozen elements differ; ",
-                end="",
-            )
-            print(f"{p['trainable_moved']:,} of {p['trainable_elements']:,} trainable ones moved ({share:.1%})")
+        emit(proof if proof["ok"] else {**proof, "error": str(failure), "exit_code": failure.exit_code})
+        raise typer.Exit(0 if proof["ok"] else failure.exit_code)
+    for p in proof["phases"]:
+        share = p["trainable_moved"] / p["trainable_elements"] if p["trainable_elements"] else 0.0
+        print(
+            f"phase {p['phase']}: {p['frozen_changed']:,} of {p['frozen_elements']:,} frozen elements differ; "
+            f"{p['trainable_moved']:,} of {p['trainable_elements']:,} trainable ones moved ({share:.1%})"
+        )
     if not proof["ok"]:
-        names = [t["name"] for p in proof["phases"] for t in p["tensors"] if t["frozen_changed"]]
-        raise ProofError(f"frozen elements differ in {len(names)} tensor(s): {', '.join(names[:10])}")
-    if not as_json:
-        print("proof holds: everything declared frozen is bit-identical")
+        raise failure
+    print("proof holds: everything declared frozen is bit-identical")
 
 
 @app.command()

@@ -45,7 +45,7 @@ def examine() -> dict[str, Any]:
     probe = cache
     while not probe.exists():
         probe = probe.parent
-    writable = os.access(probe, os.W_OK)
+    writable = probe.is_dir() and os.access(probe, os.W_OK)
     if not writable:
         problems.append(f"the cache directory {cache} is not writable: set ADDLANG_CACHE")
     return {

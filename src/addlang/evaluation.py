@@ -34,6 +34,7 @@ def evaluate_models(
     settings = {
         "tasks": tasks or ("lab" if model == "lab" else ""),
         "limit": limit,
+        "replies": {"limit": limit},
         "source_datasets": [{"path": p, "role": "source"} for p in source_texts],
         "target_datasets": [{"path": p} for p in target_texts],
     }

@@ -1,0 +1,354 @@
+"""The command line as a new user tries it: what it prints where, exit codes, and no traceback."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+
+from addlang import cli, progress
+from addlang.lab import lab_model_path
+from tinyrun import Killed, World, dying_at, flip_bit, frozen_place
+
+pytestmark = pytest.mark.usefixtures("offline")
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """The one JSON document on stdout."""
+        return json.loads(self.out)
+
+
+Addlang = Callable[..., Outcome]
+
+
+@pytest.fixture
+def addlang(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Addlang:
+    """Run a command in this process; arguments are turned into text."""
+    import warnings
+
+    def call(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["addlang", *map(str, arguments)])
+        capsys.readouterr()
+        with warnings.catch_warnings():
+            try:
+                cli.main()
+                code = 0
+            except SystemExit as stop:
+                code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+            finally:
+                progress.set_quiet(False)
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        assert "\x1b" not in captured.out + captured.err  # no terminal: plain text
+        return Outcome(code, captured.out, captured.err)
+
+    return call
+
+
+def options(world: World, output_dir: Path) -> list[object]:
+    """Arguments after ``adapt``."""
+    return [
+        world.model, world.text, "--language", "sw", "--output_dir", output_dir, "--tokens", "1536", "--sequence_length", 32,
+        "--batch_size", 4, "--learning_rate", "1e-2", "--replies", "null", "--resamples", 100, "--holdout", 0.15,
+        "--calibration", world.chat, "--calibration.sequences", 12, "--calibration.sequence_length", 64, "--device", "cpu",
+        "--evaluation.source_datasets", f"[{{path: {world.english}}}]",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def recipe(world: World, tmp_path: Path) -> Path:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(world.data(tmp_path / "out")))
+    return file
+
+
+# ---- nothing heavy is loaded for nothing
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["adapt", "--help"], ["lab", "--help"], ["run"], ["nosuch"]])
+def test_help_and_usage_errors_load_nothing_heavy(arguments: list[str]) -> None:
+    """This keeps ``addlang --help`` under 0.3 s; the clock itself would measure the machine."""
+    own: set[str] = (
+        set() if arguments == ["--help"] else {"pydantic"}
+    )  # newer typer parses the options of a command with it
+    code = (
+        f"import sys; sys.argv = ['addlang', *{arguments}]\n"
+        "from addlang.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        f"heavy = {{'torch', 'transformers', 'pydantic', 'datasets', 'numpy', 'yaml', 'jinja2', 'scipy'}} - {own or 'set()'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_lists_every_command(addlang: Addlang) -> None:
+    result = addlang("--help")
+    assert result.code == 0
+    for command in ("lab", "adapt", "run", "plan", "evaluate", "report", "verify", "strategies", "doctor"):
+        assert f" {command} " in result.out
+
+
+def test_python_m_addlang_is_the_same_program() -> None:
+    done = subprocess.run([sys.executable, "-m", "addlang", "strategies", "--json"], capture_output=True, text=True)
+    assert {row["name"] for row in json.loads(done.stdout)} >= {"full", "ssu"}
+
+
+# ---- small commands
+
+
+def test_strategies_come_with_paper_and_summary(addlang: Addlang) -> None:
+    rows = addlang("strategies", "--json").json
+    assert {"full", "ssu"} <= {row["name"] for row in rows}
+    assert all(row["paper"] and row["summary"] and set(row) == {"name", "paper", "summary"} for row in rows)
+    table = addlang("strategies").out
+    assert all(row["name"] in table for row in rows)
+
+
+@pytest.mark.skipif(not (lab_model_path() / "config.json").is_file(), reason="the lab model is not built")
+def test_the_lab_model_is_an_ordinary_directory(addlang: Addlang) -> None:
+    path = addlang("lab", "path", "--json").json["model"]
+    assert (Path(path) / "model.safetensors").is_file()
+    assert addlang("lab", "path").out.strip() == path
+
+
+def test_doctor_says_what_there_is(addlang: Addlang) -> None:
+    result = addlang("doctor", "--json")
+    assert result.json["packages"]["torch"]
+    assert result.json["hub"] == "offline (HF_HUB_OFFLINE)"
+    assert result.code == (0 if result.json["ok"] else 1)
+    assert "hub           offline" in addlang("doctor").out
+
+
+def test_doctor_fails_where_addlang_cannot_work(
+    addlang: Addlang, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ADDLANG_CACHE", str(tmp_path / "file" / "cache"))
+    result = addlang("doctor")
+    assert result.code == 1
+    assert "set ADDLANG_CACHE" in result.out
+
+
+# ---- adapt and run
+
+
+def test_adapt_prints_a_table_and_where_the_result_is(addlang: Addlang, world: World, tmp_path: Path) -> None:
+    result = addlang("adapt", *options(world, tmp_path / "out"))
+    assert result.code == 0, result.err
+    assert "Swahili gained" in result.out
+    assert "proof: 0 of" in result.out
+    assert f"model   {tmp_path / 'out'}" in result.out
+    check = addlang("verify", tmp_path / "out")
+    assert check.code == 0
+    assert "proof holds: everything declared frozen is bit-identical" in check.out
+    before = (tmp_path / "out" / "report.html").read_text()
+    (tmp_path / "out" / "report.html").unlink()
+    assert addlang("report", tmp_path / "out").code == 0
+    assert (tmp_path / "out" / "report.html").read_text() == before
+
+
+def test_adapt_and_the_recipe_it_writes_down_are_the_same_run(addlang: Addlang, world: World, tmp_path: Path) -> None:
+    printed = addlang("adapt", *options(world, tmp_path / "out"), "--ratio", 0.25, "--dry-run")
+    assert printed.code == 0
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "recipe.yaml").write_text(printed.out)
+    again = addlang("run", tmp_path / "recipe.yaml", "--dry-run", "--json").json
+    assert again == addlang("adapt", *options(world, tmp_path / "out"), "--ratio", 0.25, "--dry-run", "--json").json
+    assert again["phases"][0]["strategy"]["ratio"] == 0.25
+    assert again["phases"][0]["tokens"] == 1536
+
+
+def test_several_texts_with_weights_and_replay_share_the_budget(addlang: Addlang, world: World, tmp_path: Path) -> None:
+    arguments = [*options(world, tmp_path / "out"), world.more, "--weight", 3, "--weight", 1, "--replay", world.english]
+    data = addlang("adapt", *arguments, "--replay_share", 0.2, "--dry-run", "--json").json["phases"][0]["datasets"]
+    assert [d["weight"] for d in data] == pytest.approx([0.6, 0.2, 0.2])
+    assert [d["role"] for d in data] == ["target", "target", "replay"]
+
+
+def test_json_mode_prints_one_document_and_nothing_else(addlang: Addlang, recipe: Path, tmp_path: Path) -> None:
+    result = addlang("run", recipe, "--json")
+    assert result.code == 0
+    assert result.json["output_dir"] == str(tmp_path / "out")
+    assert result.json["proof"]["ok"] is True
+    assert {c["role"] for c in result.json["comparison"]} == {"source", "target"}
+    assert result.err == ""
+    proof = addlang("verify", tmp_path / "out", "--json")
+    assert proof.json["ok"] is True
+
+
+def test_overrides_of_run_are_checked_like_the_file(addlang: Addlang, recipe: Path) -> None:
+    assert (
+        addlang("run", recipe, "--learning_rate=3e-4", "--dry-run", "--json").json["phases"][0]["learning_rate"] == 3e-4
+    )
+    for arguments, message in [
+        (["--learning_rat", "1"], "Did you mean 'learning_rate'"),
+        (["--seed"], "--seed has no value"),
+        (["surplus"], "unexpected argument 'surplus'"),
+        (["--learning_rate", "-1"], "learning_rate: Input should be greater than 0"),
+    ]:
+        result = addlang("run", recipe, *arguments)
+        assert result.code == 1
+        assert message in result.err
+
+
+def test_all_mistakes_of_adapt_stand_in_one_message(addlang: Addlang, world: World, tmp_path: Path) -> None:
+    result = addlang(
+        "adapt", world.model, tmp_path / "gone.jsonl", "--language", "sw", "--output_dir", tmp_path / "o", "--tokens", "lots",
+        "--strategy", "sssu", "--learning_rat", 1, "--base_model", "x",
+    )  # fmt: skip
+    assert result.code == 1
+    for part in (
+        "5 problem(s)", "'lots' is not a count", "unknown strategy 'sssu'", "Did you mean 'learning_rate'",
+        "addlang calls it 'model_name_or_path'", "gone.jsonl: the file does not exist",
+    ):  # fmt: skip
+        assert part in result.err
+    assert not (tmp_path / "o").exists()
+
+
+# ---- plan and evaluate
+
+
+def test_plan_tells_what_the_run_will_do_and_trains_nothing(addlang: Addlang, recipe: Path, tmp_path: Path) -> None:
+    plan = addlang("plan", recipe, "--json").json
+    (phase,) = plan["phases"]
+    assert not (tmp_path / "out").exists()
+    assert addlang("run", recipe).code == 0
+    state = json.loads((tmp_path / "out" / "state.json").read_text())
+    assert phase["steps"] == state["train"]["adapt"]["steps"]
+    assert phase["tokens"] == state["data"]["adapt"]["tokens"]
+    assert phase["trainable_fraction"] == pytest.approx(state["plan"]["adapt"]["trainable_fraction"])
+    shown = addlang("plan", recipe)
+    assert f"{phase['trainable']:,} of {phase['parameters']:,} parameters are trained" in shown.out
+    assert "up_proj" in shown.out
+
+
+def test_evaluate_measures_a_model_and_the_difference_of_two(
+    addlang: Addlang, recipe: Path, world: World, tmp_path: Path
+) -> None:
+    assert addlang("run", recipe).code == 0
+    arguments = [
+        "evaluate", tmp_path / "out", "--language", "sw", "--text", world.more, "--source_text", world.english, "--limit", 2,
+        "--against", world.model, "--output", tmp_path / "new" / "rows.jsonl",
+    ]  # fmt: skip
+    result = addlang(*arguments, "--json")
+    assert result.code == 0, result.err
+    target = [c for c in result.json["comparison"] if c["role"] == "target"]
+    assert target[0]["high"] < 0  # bits per byte of text in the language that was learned
+    rows = [json.loads(line) for line in (tmp_path / "new" / "rows.jsonl").read_text().splitlines()]
+    assert rows == result.json["results"]
+    assert "difference" in addlang(*arguments).out
+
+
+# ---- exit codes
+
+
+def test_wrong_usage_is_exit_code_2(addlang: Addlang) -> None:
+    for arguments in (
+        ["adapt"],
+        ["nosuch"],
+        ["adapt", "model", "text", "--seed", "soon", "--language", "sw", "--output_dir", "o"],
+    ):
+        plain = addlang(*arguments)
+        assert plain.code == 2
+        assert plain.err
+        assert plain.out == ""
+        result = addlang(*arguments, "--json")
+        assert result.code == 2
+        assert result.json["exit_code"] == 2
+
+
+def test_an_error_is_exit_code_1_and_one_json_document(addlang: Addlang, tmp_path: Path) -> None:
+    for arguments in (
+        ["run", tmp_path / "no.yaml"],
+        ["verify", tmp_path],
+        ["report", tmp_path],
+        ["plan", tmp_path / "no.yaml"],
+    ):
+        result = addlang(*arguments, "--json")
+        assert result.code == 1
+        assert result.json["exit_code"] == 1
+        assert "fix:" in result.json["error"]
+        plain = addlang(*arguments)
+        assert plain.out == ""
+        assert plain.err.startswith("error: ")
+
+
+def test_a_failed_proof_is_exit_code_4_and_names_the_tensor(addlang: Addlang, recipe: Path, tmp_path: Path) -> None:
+    assert addlang("run", recipe).code == 0
+    name, place = frozen_place(tmp_path / "out")
+    flip_bit(tmp_path / "out", name, place)
+    result = addlang("verify", tmp_path / "out")
+    assert result.code == 4
+    assert f"frozen elements differ in 1 tensor(s): {name}" in result.err
+    assert "1 of" in result.out
+    document = addlang("verify", tmp_path / "out", "--json")
+    assert document.code == 4
+    assert document.json["exit_code"] == 4
+    assert document.json["phases"][0]["frozen_changed"] == 1
+    assert name in document.json["error"]
+
+
+def test_a_finished_run_needs_overwrite(addlang: Addlang, recipe: Path) -> None:
+    assert addlang("run", recipe).code == 0
+    again = addlang("run", recipe)
+    assert again.code == 1
+    assert "--overwrite" in again.err
+    assert addlang("run", recipe, "--overwrite").code == 0
+
+
+def test_preemption_is_exit_code_75(addlang: Addlang, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+    import signal
+
+    from addlang.train import loop
+
+    original = loop.token_loss
+    calls = 0
+
+    def terminate(*args: Any, **kw: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kw)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "token_loss", terminate)
+        result = addlang("run", recipe, "--json")
+    assert result.code == 75
+    assert result.json["exit_code"] == 75
+    assert addlang("run", recipe).code == 0
+
+
+def test_interruption_is_exit_code_130(addlang: Addlang, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from addlang.train import loop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "token_loss", dying_at(3, loop.token_loss, KeyboardInterrupt()))
+        result = addlang("run", recipe)
+    assert result.code == 130
+
+
+def test_a_bug_of_ours_is_not_hidden(addlang: Addlang, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from addlang.train import loop
+
+    monkeypatch.setattr(loop, "token_loss", dying_at(1, loop.token_loss, Killed()))
+    with pytest.raises(Killed):
+        addlang("run", recipe)
+    monkeypatch.setattr(loop, "token_loss", dying_at(1, loop.token_loss, RuntimeError("ours")))
+    with pytest.raises(RuntimeError, match="ours"):
+        addlang("run", recipe, "--json")
