@@ -47,6 +47,9 @@ class SelfAnchor(Guard):
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus of sampling")
     max_instruction_tokens: int = Field(128, gt=0)
     max_answer_tokens: int = Field(256, gt=0)
+    sampling_seed: int = Field(
+        0, ge=0, description="of the conversations; not the run's seed, so that seeds share them"
+    )
     attempts: float = Field(4.0, ge=1, description="give up after this many samples per conversation wanted")
     language_filter: bool = Field(
         False, description="drop conversations that py3langid does not call the source language"
@@ -188,7 +191,7 @@ def sample_conversations(guard: SelfAnchor, context: GuardContext) -> tuple[list
                 "max_answer_tokens, or give replay data instead",
             )
         size = min(128, guard.conversations)
-        seed = context.seed * 1_000_003 + block
+        seed = guard.sampling_seed * 1_000_003 + block
         block += 1
         drawn += size
         asked = sample(

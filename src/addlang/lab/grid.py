@@ -48,76 +48,51 @@ class Arm:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
+# The lab's turns are short; with the defaults a sampled turn that never ends would only cost time.
+ANCHOR = {"name": "self_anchor", "anchor": {"max_instruction_tokens": 80, "max_answer_tokens": 48}}
+METHODS: dict[str, tuple[str, dict[str, Any], bool]] = {
+    "full": ("full", {"name": "full"}, False),
+    "ssu": ("SSU-Wanda", {"name": "ssu"}, False),
+    "random": ("random columns", {"name": "ssu", "scorer": "random"}, False),
+    "replay": ("full, 10 % replay", {"name": "full"}, True),
+    "anchor": ("self anchor", ANCHOR, False),
+}
+# Full fine-tuning's rates span the target gain of the other arms, so that each can be compared with it at equal gain.
+RATES = {"full": (8e-4, 1.5e-3), "ssu": (2e-3,), "random": (2e-3,), "replay": (1.5e-3,), "anchor": (2.5e-3,)}
+FULL_RATES = {
+    "full": (4e-4, 8e-4, 1.5e-3, 2.5e-3),
+    "ssu": (1e-3, 2e-3, 3e-3),
+    "random": (1e-3, 2e-3, 3e-3),
+    "replay": (8e-4, 1.5e-3, 2.5e-3),
+    "anchor": (1.5e-3, 2.5e-3, 4e-3),
+}
+
+
 def arms(full: bool) -> list[Arm]:
     """The default grid, or the long one."""
-    out: list[Arm] = []
     seeds = (0, 1, 2, 3, 4) if full else (0, 1, 2)
-    ssu = {"name": "ssu"}
-    columns = {"name": "ssu", "scorer": "random"}
+    out: list[Arm] = []
     for language in ("sw", "hi") if full else ("sw",):
-        rates = (6e-4, 1.2e-3, 2e-3, 3e-3) if full else (1.2e-3, 2e-3)
-        for rate in rates:
-            out.append(
-                Arm(
-                    f"cpt-{language}",
-                    f"full-{rate:g}",
-                    f"full, lr {rate:g}",
-                    language,
-                    language,
-                    {"name": "full"},
-                    rate,
-                    seeds=seeds,
+        for method, rates in (FULL_RATES if full else RATES).items():
+            label, strategy, replay = METHODS[method]
+            for rate in rates:
+                name, words = f"{method}-{rate:g}", f"{label}, lr {rate:g}"
+                arm = Arm(
+                    f"cpt-{language}", name, words, language, language, strategy, rate, replay=replay, seeds=seeds
                 )
-            )
-        for rate in (1.2e-3, 2e-3, 3e-3) if full else (2e-3,):
-            out.append(
-                Arm(
-                    f"cpt-{language}",
-                    f"ssu-{rate:g}",
-                    f"SSU-Wanda, lr {rate:g}",
-                    language,
-                    language,
-                    ssu,
-                    rate,
-                    seeds=seeds,
-                )
-            )
-            out.append(
-                Arm(
-                    f"cpt-{language}",
-                    f"random-{rate:g}",
-                    f"random columns, lr {rate:g}",
-                    language,
-                    language,
-                    columns,
-                    rate,
-                    seeds=seeds,
-                )
-            )
-            out.append(
-                Arm(
-                    f"cpt-{language}",
-                    f"replay-{rate:g}",
-                    f"full, 10 % replay, lr {rate:g}",
-                    language,
-                    language,
-                    {"name": "full"},
-                    rate,
-                    replay=True,
-                    seeds=seeds,
-                )
-            )
-        for kind, words in ((f"similar-{language}", "similar"), ("dissimilar", "dissimilar")):
-            if kind == "dissimilar" and language == "hi":
-                continue  # the dissimilar set is one set in both languages
-            for strategy, label in (({"name": "full"}, "full"), (ssu, "SSU-Wanda")):
+                out.append(arm)
+        for kind in ("similar", "dissimilar") if language == "sw" else ("similar",):  # the dissimilar set is in both
+            data = f"similar-{language}" if kind == "similar" else kind
+            for method in ("full", "ssu"):
+                label, strategy, _ = METHODS[method]
+                name, words = f"{kind}-{method}", f"{kind} data, {label}"
                 out.append(
                     Arm(
                         f"two-phase-{language}",
-                        f"{words}-{strategy['name']}",
-                        f"{words} data, {label}",
+                        name,
+                        words,
                         language,
-                        kind,
+                        data,
                         strategy,
                         2e-3,
                         seeds=seeds if full else (0,),
