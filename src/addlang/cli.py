@@ -207,7 +207,16 @@ def parse_value(text: str) -> Any:
 
 @app.command(context_settings=EXTRA)
 def plan(
-    context: typer.Context, recipe: Annotated[Path, typer.Argument(help="YAML recipe.")], as_json: Json = False
+    context: typer.Context,
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe.")],
+    gpu: Annotated[
+        float | None, typer.Option(help="Memory of one GPU in GiB (24, 48, 80, 141): what fits, and what must change.")
+    ] = None,
+    devices: Annotated[int, typer.Option(min=1, help="GPUs that the run is spread over.")] = 1,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Measure a few steps here, and say how long it takes.")
+    ] = False,
+    as_json: Json = False,
 ) -> None:
     """Before a run: what RECIPE will train and freeze, its steps and tokens, its memory. Trains nothing."""
     from addlang.planning import plan_run, show_plan
@@ -215,7 +224,7 @@ def plan(
 
     quiet(as_json)
     loaded = Recipe.load(recipe, parse_overrides(context.args))
-    result = plan_run(loaded, base_dir=recipe.resolve().parent)
+    result = plan_run(loaded, base_dir=recipe.resolve().parent, gpu=gpu, devices=devices, probe=probe)
     if as_json:
         emit(result)
     else:
@@ -369,6 +378,7 @@ def lab_build(
     output_dir: OutputDir = "lab-model",
     seed: Annotated[int, typer.Option(help="Seed.")] = 0,
     steps: Annotated[int, typer.Option(help="Optimizer steps of 768 tokens.")] = 3600,
+    threads: Annotated[int, typer.Option(help="Of torch; the shipped model was built with one.")] = 1,
     as_json: Json = False,
 ) -> None:
     """Train the lab model again from a seed."""
@@ -377,7 +387,13 @@ def lab_build(
 
     quiet(as_json)
     with progress("building the lab model", total=steps, unit="steps") as bar:
-        about = build(Path(output_dir), seed=seed, steps=steps, progress=lambda done, loss: bar.update(done, loss=loss))
+        about = build(
+            Path(output_dir),
+            seed=seed,
+            steps=steps,
+            threads=threads,
+            progress=lambda done, loss: bar.update(done, loss=loss),
+        )
     score = about["exact_match"]
     if as_json:
         emit(about)

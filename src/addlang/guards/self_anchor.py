@@ -73,7 +73,7 @@ class SelfAnchor(Guard):
         }
         key = fingerprint(
             "self_anchor", VERSION, context.model_hash, tokenizer_fingerprint(context.tokenizer, chat=True),
-            made_by, context.seed, context.sequence_length, context.language,
+            made_by, context.sequence_length, context.language,
         )  # fmt: skip
         directory = context.cache_dir / "anchors" / key
         found = Teacher.load(directory)
