@@ -56,7 +56,8 @@ def test_a_finished_run_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "out").mkdir()
     monkeypatch.setattr("addlang.run.execute", lambda recipe: tmp_path / "executed")
     for status, expected in (("finished", "out"), ("running", "executed")):
-        write_json(tmp_path / "out" / "state.json", {"status": status, "fingerprint": fingerprint})
+        write_json(tmp_path / "out" / "state.json", {"status": status, "fingerprint": fingerprint, "stages": {}})
         assert run_one(data, "x") == str(tmp_path / expected)
-    write_json(tmp_path / "out" / "state.json", {"status": "finished", "fingerprint": "of another recipe"})
+    another = {"status": "finished", "fingerprint": "of another recipe", "stages": {}}
+    write_json(tmp_path / "out" / "state.json", another)
     assert run_one(data, "x") == str(tmp_path / "executed")

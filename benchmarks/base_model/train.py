@@ -8,7 +8,7 @@ rate going to zero. The speed of the first steps decides how many fit into ``--m
 prose is limited, because more of them would only be learnt by heart. Interrupted, the same command continues from the
 latest checkpoint. On a processor ``MALLOC_MMAP_THRESHOLD_=2147483648 MALLOC_TRIM_THRESHOLD_=4294967296`` in the environment
 saves a fifth of the time. The result is an ordinary Hugging Face directory with ``train.json``: data and licences, settings,
-tokens, seconds, and bits per byte on held-out text.
+tokens, seconds, and bits per byte on held-out text; ``heldout_en.jsonl`` is the English that it has not seen.
 """
 
 from __future__ import annotations
@@ -360,6 +360,8 @@ class Run:
         self.model.to(torch.bfloat16).save_pretrained(target)
         self.tokenizer.save_pretrained(target)
         shutil.copyfile(self.work / "log.jsonl", target / "train_log.jsonl")
+        held = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in self.data.heldout["texts"]["en"]]
+        (target / "heldout_en.jsonl").write_text("".join(held), encoding="utf-8")
         tokens = self.plan.steps * self.preset.step_tokens
         facts = {
             **self.settings,
