@@ -243,6 +243,28 @@ def test_checkpoint_recomputation_keeps_the_dense_weight_for_backward(monkeypatc
     assert counts == {False: 2.0, True: 2.0}
 
 
+@pytest.mark.parametrize("kind", ["columns", "rows"])
+@pytest.mark.parametrize("form", FORMS)
+def test_arithmetic_of_a_step(form: str, kind: str) -> None:
+    """Against masked, only the products of the frozen part's dW are missing, with checkpointing as well as without."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    for checkpointing in (False, True):
+        flops = {}
+        for execution in ("masked", f"split_{form}"):
+            model = make("llama-bias")
+            plan = make_plan(model, kind)
+            if checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+            attach_plan(model, plan, execution)
+            ids = batches(1)[0]
+            with FlopCounterMode(display=False) as counter:
+                model(input_ids=ids, labels=ids).loss.backward()
+            flops[execution] = counter.get_total_flops()
+        frozen = sum(plan[n].frozen_count for n in plan if "_proj.weight" in n and plan[n].kind != "all")
+        assert flops["masked"] - flops[f"split_{form}"] == 2 * ids.numel() * frozen
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_nothing_of_dense_shape_has_a_gradient_or_state(form: str) -> None:
     model = make("llama-bias")

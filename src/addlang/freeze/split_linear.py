@@ -56,9 +56,18 @@ class SplitLinear(nn.Linear):
         """[..., in] -> [..., out]"""
         compute = _compute_dtype(input, self.weight_trainable)
         dense = self._resident(compute) if self.form == "resident" else None
+        x, bias = _shared_cast(input, compute), self.bias
+        later: list[Tensor] = []
         y: Tensor = _SplitProduct.apply(  # type: ignore[no-untyped-call]
-            input, _shared_cast(input, compute), self.weight_frozen, self.weight_trainable, self.bias, dense, self
+            input, x, self.weight_frozen, self.weight_trainable, bias, dense, self, later
         )
+        for dense in later:
+            x, out = x.reshape(-1, x.shape[-1]), y.detach().view(-1, self.out_features)
+            w = dense if self.kind == "columns" else dense.t()
+            if bias is None:
+                torch.mm(x, w, out=out)
+            else:
+                torch.addmm(bias.detach().to(compute), x, w, out=out)
         return y
 
     @property
@@ -254,14 +263,24 @@ class _SplitProduct(torch.autograd.Function):
         bias: Tensor | None,
         dense: Tensor | None,
         layer: SplitLinear,
+        later: list[Tensor],
     ) -> Tensor:
-        """x: [..., in] in its own type, for autograd; xc: the same values in the compute type."""
+        """x: [..., in] in its own type, for autograd; xc: the same values in the compute type.
+
+        When a checkpoint recomputes, the product is left to the caller, which finds the dense weight in ``later``: the
+        checkpoint stops as soon as everything is saved again, and a Function saves only when it returns. So the last
+        product of a block, a fifth of its linear arithmetic, is not made, as an ordinary linear layer does not make it.
+        """
         resident, phase = dense is not None, _checkpoint_phase()
         if dense is None:
             source = layer._frozen() if frozen is None else frozen
             dense = assemble(source, trainable, layer.index_frozen, layer.index_trainable, xc.dtype)
         columns = layer.kind == "columns"
-        y = nn.functional.linear(xc, dense.t() if columns else dense, None if bias is None else bias.to(xc.dtype))
+        if phase == "recompute":
+            y = xc.new_empty(*xc.shape[:-1], layer.out_features)
+            later.append(dense)
+        else:
+            y = nn.functional.linear(xc, dense.t() if columns else dense, None if bias is None else bias.to(xc.dtype))
         ctx.layer, ctx.compute, ctx.shape, ctx.x_dtype = layer, xc.dtype, x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.resident = dense if resident else None
@@ -313,7 +332,7 @@ class _SplitProduct(torch.autograd.Function):
             dw = dw.to(layer.weight_trainable.dtype)
         if ctx.needs_input_grad[4]:
             db = g.sum(0).to(ctx.bias_dtype)
-        return dx, None, None, dw, db, None, None
+        return dx, None, None, dw, db, None, None, None
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
