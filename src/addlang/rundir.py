@@ -77,7 +77,7 @@ class RunDir:
             if not (path / "recipe.yaml").is_file():
                 run.write_text("recipe.yaml", yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True))
         except BaseException:
-            run.close()
+            run.abandon()
             raise
         return run
 
