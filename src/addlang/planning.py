@@ -10,13 +10,21 @@ from addlang.errors import AddlangError
 
 if TYPE_CHECKING:
     from addlang.freeze.plan import FreezePlan
-    from addlang.recipe import Recipe
+    from addlang.recipe import Phase, Recipe
 
 
-def plan_run(recipe: Recipe, *, base_dir: Path | None = None) -> dict[str, Any]:
+def plan_run(
+    recipe: Recipe, *, base_dir: Path | None = None, gpu: float | None = None, devices: int = 1, probe: bool = False
+) -> dict[str, Any]:
     """Trained and frozen parts by module type, tokens, steps and memory of every phase.
 
-    The data are read and packed (into the cache, where the run finds them); weights are not loaded and nothing is scored.
+    The data are read and packed (into the cache, where the run finds them); nothing is scored, and weights are loaded
+    only for a probe.
+
+    Args:
+        gpu: memory of one GPU in GiB; what of the recipe must change to fit is worked out. None: this machine's device.
+        devices: processes that the run is launched with (FSDP2).
+        probe: measure a few steps here.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -24,15 +32,17 @@ def plan_run(recipe: Recipe, *, base_dir: Path | None = None) -> dict[str, Any]:
     from addlang.data.prepare import prepare
     from addlang.freeze.split import why_not_split
     from addlang.models import Checkpoint, load_tokenizer, parameter_kinds, resolve
-    from addlang.run import prepare_device
+    from addlang.run import describe, prepare_device
     from addlang.train.loop import compute_dtype
-    from addlang.train.memory import estimate, form_of
+    from addlang.train.memory import GIB, USABLE, estimate, form_of, optimizer_bytes
+    from addlang.train.probe import seconds_per_step
     from addlang.train.schedule import micro_batch
 
     source = resolve(recipe.model_name_or_path, recipe.revision)
     tokenizer = load_tokenizer(source, recipe.template_path(base_dir))
     stored = Checkpoint(source)
-    device = prepare_device(recipe)
+    here = prepare_device(recipe)
+    device = here if gpu is None else torch.device("cuda")
     config = AutoConfig.from_pretrained(str(source), trust_remote_code=False)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -42,7 +52,7 @@ def plan_run(recipe: Recipe, *, base_dir: Path | None = None) -> dict[str, Any]:
     for phase in recipe.phases:
         plan: FreezePlan = phase.strategy.outline(model)
         data = prepare(recipe, phase, tokenizer, base_dir=base_dir)
-        micro = micro_batch(phase, data.batch_size, device.type)
+        micro = micro_batch(phase, data.batch_size, device.type, devices)
         refused = why_not_split(model, plan)
         masked = phase.execution == "masked" or refused is not None
         dtype = compute_dtype(phase, device) or stored.dtype
@@ -51,6 +61,19 @@ def plan_run(recipe: Recipe, *, base_dir: Path | None = None) -> dict[str, Any]:
             row = groups.setdefault(kinds[name].group, [0, 0])
             row[0] += entry.numel
             row[1] += entry.frozen_count
+        about: dict[str, Any] = {
+            "stored_bytes": stored.dtype.itemsize,
+            "compute_bytes": dtype.itemsize,
+            "form": form_of(plan, phase, splittable=refused is None),
+            "shards": 1 if phase.sharding == "ddp" else devices,
+        }
+        steps = data.sequences // data.batch_size
+        master = 4 if phase.master_weights == "fp32" else stored.dtype.itemsize
+        memory = estimate(config, plan, phase, micro=micro, **about)
+        seconds = None
+        if probe:
+            need = estimate(config, plan, phase, micro=micro, **{**about, "shards": 1})["total"]
+            seconds = steps * seconds_per_step(source, phase, plan, data, micro=micro, need=need, device=here)
         phases.append(
             {
                 "phase": phase.name,
@@ -62,21 +85,15 @@ def plan_run(recipe: Recipe, *, base_dir: Path | None = None) -> dict[str, Any]:
                 "trainable_fraction": plan.trainable_fraction,
                 "groups": [{"group": g, "elements": n, "frozen": f} for g, (n, f) in groups.items()],
                 "tokens": data.card["tokens"],
-                "steps": data.sequences // data.batch_size,
+                "steps": steps,
                 "batch_size": data.batch_size,
                 "micro_batch": micro,
                 "sources": data.card["sources"],
                 "notes": data.card["notes"],
-                "memory": estimate(
-                    config,
-                    plan,
-                    phase,
-                    micro=micro,
-                    stored_bytes=stored.dtype.itemsize,
-                    compute_bytes=dtype.itemsize,
-                    form=form_of(plan, phase, splittable=refused is None),
-                ),
-                "checkpoint_bytes": plan.trainable_count * 12,
+                "memory": memory,
+                "gpu": None if gpu is None else fit_gpu(config, model, plan, phase, micro, about, gpu * GIB * USABLE),
+                "seconds": seconds,
+                "checkpoint_bytes": round(plan.trainable_count * (master + optimizer_bytes(phase, master))),
             }
         )
     weights = sum(math.prod(shape) for _, shape in stored.header.values()) * stored.dtype.itemsize
@@ -84,11 +101,53 @@ def plan_run(recipe: Recipe, *, base_dir: Path | None = None) -> dict[str, Any]:
         (p["checkpoint_bytes"] * (ph.save_total_limit + 1) for p, ph in zip(phases, recipe.phases, strict=True)),
         default=0,
     )
-    return {"model": str(recipe.model_name_or_path), "device": str(device), "phases": phases, "disk_bytes": disk}
+    return {
+        "model": str(recipe.model_name_or_path),
+        "device": str(here) if gpu is None else f"GPU of {gpu:g} GiB",
+        "here": describe(here),
+        "devices": devices,
+        "phases": phases,
+        "disk_bytes": disk,
+    }
+
+
+def fit_gpu(
+    config: Any, model: Any, plan: FreezePlan, phase: Phase, micro: int, about: dict[str, Any], available: float
+) -> dict[str, Any]:
+    """The setting nearest to the recipe that fits into ``available`` bytes, and a table of what the others need.
+
+    First smaller passes and activation checkpointing, which change no result; then 8-bit state, stochastic rounding,
+    both; last a higher ratio, which trains less.
+    """
+    from addlang.train.memory import Choice, choices
+
+    every = list(choices(config, plan, phase, micro=micro, **about))
+    chosen = next((c for c in every if c.total <= available), None)
+    ratio = getattr(phase.strategy, "ratio", None)
+    for higher in (0.625, 0.75, 0.875):
+        if chosen is None and isinstance(ratio, float) and higher > ratio:
+            narrower = phase.strategy.model_copy(update={"ratio": higher}).outline(model)
+            found = next(
+                (c for c in choices(config, narrower, phase, micro=micro, **about) if c.total <= available), None
+            )
+            if found is not None:
+                chosen = Choice({**found.changes, "strategy.ratio": higher}, found.micro, found.memory)
+    rows: dict[str, Choice] = {}
+    for c in every:  # per setting the largest pass that fits, or else the smallest
+        key = str({k: v for k, v in c.changes.items() if k != "per_device_train_batch_size"})
+        if key not in rows or rows[key].total > available:
+            rows[key] = c
+    return {
+        "available_bytes": round(available),
+        "changes": None if chosen is None else dict(chosen.changes),
+        "memory": None if chosen is None else dict(chosen.memory),
+        "table": [{"changes": dict(c.changes), "total": c.total, "fits": c.total <= available} for c in rows.values()],
+    }
 
 
 def show_plan(result: dict[str, Any]) -> None:
     """Print the plan as tables."""
+    from addlang.progress import duration
     from addlang.report import render_table
 
     if not result["phases"]:
@@ -111,5 +170,31 @@ def show_plan(result: dict[str, Any]) -> None:
             print(f"  {s['path']}: {s['tokens']:,} tokens, read {s['epochs']:.2f} times")
         for line in p["notes"]:
             print(f"  note: {line}")
-        render_table(["memory", "GiB"], [[k.replace("_", " "), f"{v / 2**30:.3f}"] for k, v in p["memory"].items()])
+        render_table(
+            ["memory per device", "GiB"], [[k.replace("_", " "), f"{v / 2**30:.3f}"] for k, v in p["memory"].items()]
+        )
+        if p["gpu"] is not None:
+            show_gpu(p["gpu"])
+        if p["seconds"] is not None:
+            print(f"time: about {duration(p['seconds'])} for this phase on {result['here']}, evaluation not counted")
     print(f"disk: {result['disk_bytes'] / 2**30:.3f} GiB")
+
+
+def show_gpu(found: dict[str, Any]) -> None:
+    """Print what fits on the GPU asked for."""
+    from addlang.report import render_table
+
+    print(f"{found['available_bytes'] / 2**30:.1f} GiB of the GPU can be used")
+    rows = [
+        [_settings(r["changes"]), f"{r['total'] / 2**30:.1f}", "yes" if r["fits"] else "no"] for r in found["table"]
+    ]
+    render_table(["setting", "GiB", "fits"], rows)
+    if found["changes"] is None:
+        print("nothing fits: use more devices (--devices N)")
+    else:
+        print(f"nearest to the recipe that fits: {_settings(found['changes'])}")
+
+
+def _settings(changes: dict[str, Any]) -> str:
+    said = ", ".join(f"{k}: {str(v).lower() if isinstance(v, bool) else v}" for k, v in changes.items())
+    return said or "the recipe as it is"
