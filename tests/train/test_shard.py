@@ -254,6 +254,14 @@ def test_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
 
+def test_parameters_of_zero_3_are_refused() -> None:
+    model = make_model("llama")
+    plan = FreezePlan.empty(model)
+    model.lm_head.weight.ds_id = 7
+    with pytest.raises(AddlangError, match="partitioned by DeepSpeed ZeRO-3"):
+        plan.validate(model)
+
+
 @pytest.mark.parametrize(("batch", "size"), [(4, 3), (32, 5), (2, 4), (8, 1)])
 def test_rows_of_all_processes_are_the_batch(batch: int, size: int) -> None:
     parts = [World(r, size).rows(batch) for r in range(size)]

@@ -169,8 +169,14 @@ class FreezePlan:
         """Check that the plan names exactly this model's parameters, in their shapes, and leaves something to train.
 
         Raises:
-            AddlangError: naming the first parameter that is missing, unknown or of another shape.
+            AddlangError: naming the first parameter that is missing, unknown or of another shape; or the model is
+                partitioned by DeepSpeed ZeRO-3, whose parameters are empty.
         """
+        if any(hasattr(p, "ds_id") for p in model.parameters()):
+            raise AddlangError(
+                "the model's parameters are partitioned by DeepSpeed ZeRO-3, so no freeze plan can be checked against them",
+                "shard with FSDP2 after the plan is attached (docs/distributed.md)",
+            )
         shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
         for name, shape in shapes.items():
             if name not in self.entries:
