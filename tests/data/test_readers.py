@@ -171,3 +171,10 @@ def test_kind_is_read_from_the_name(name: str, kind: tuple[str, str] | None) -> 
 def test_long_csv_fields_are_not_cut(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", "text\n" + "x" * 500_000 + "\n")
     assert [len(r.content) for r in read_rows(DatasetSpec(path=str(path)))] == [500_000]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_half_a_surrogate_pair_is_refused(tmp_path: Path, name: str) -> None:
+    rows = '{"text": "fine \\ud83d\\ude00"}|{"text": "half \\ud83d"}'
+    content = rows.replace("|", "\n") if name == "a.jsonl" else f"[{rows.replace('|', ',')}]"
+    fails(write(tmp_path / name, content), "row 2", "half a surrogate pair (\\ud83d)")

@@ -38,9 +38,7 @@ from addlang.data.tokens import Encode, document_frame, frame, text_encoder
 from addlang.errors import AddlangError, AddlangWarning
 
 VERSION = 1  # of the packed form; part of every fingerprint
-BATCH_CHARACTERS = (
-    2_000_000  # of text per call of the tokenizer: enough to keep its threads busy, little enough for flat memory
-)
+BATCH_CHARACTERS = 8_000_000  # of text per call of the tokenizer: many words in common, little enough for flat memory
 WINDOW = 4096  # conversations that are fitted into sequences together
 IGNORE = -100
 

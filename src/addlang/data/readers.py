@@ -154,7 +154,18 @@ def _jsonl(stream: IO[bytes], file: str) -> Iterator[Record]:
             raise row_error(
                 file, number, f"not valid JSON: {error.msg} at column {error.colno}", "correct or remove that line"
             ) from None
+        if "\\u" in line:
+            _check_surrogates(value, file, number)
         yield number, _object(value, file, number)
+
+
+def _check_surrogates(value: Any, file: str, row: int) -> None:
+    """JSON may spell out half a surrogate pair, which no text file can hold and no tokenizer takes."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        shown = f"\\u{ord(error.object[error.start]):04x}"
+        raise row_error(file, row, f"the text holds half a surrogate pair ({shown})", "remove that character") from None
 
 
 def _json(stream: IO[bytes], file: str) -> Iterator[Record]:
@@ -177,6 +188,7 @@ def _json(stream: IO[bytes], file: str) -> Iterator[Record]:
     if not isinstance(value, list):
         raise AddlangError(f"{file}: a .json file must hold a list of rows, this one holds {_json_type(value)}")
     for number, row in enumerate(value, 1):
+        _check_surrogates(row, file, number)
         yield number, _object(row, file, number)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from addlang.data.memo import Memo, separable
 from addlang.errors import AddlangError
 
 Encode = Callable[[list[str]], tuple[NDArray[np.uint32], NDArray[np.int64]]]
@@ -43,13 +44,21 @@ def text_encoder(tokenizer: Any) -> Encode:
     """
     if not getattr(tokenizer, "is_fast", False):
         return lambda texts: _flat(tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+    backend = tokenizer.backend_tokenizer.to_str()
+    plain = _copy(backend)
+    plain.encode_special_tokens = True
+    if separable(backend, tokenizer.eos_token):
+        return Memo(plain, _copy(backend), tokenizer.eos_token)
+    return lambda texts: _flat([e.ids for e in plain.encode_batch_fast(texts, add_special_tokens=False)])
+
+
+def _copy(backend: str) -> Any:
     from tokenizers import Tokenizer
 
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_padding()
-    backend.no_truncation()
-    backend.encode_special_tokens = True
-    return lambda texts: _flat([e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)])
+    copy = Tokenizer.from_str(backend)
+    copy.no_padding()
+    copy.no_truncation()
+    return copy
 
 
 def frame(
