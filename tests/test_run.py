@@ -195,6 +195,34 @@ def test_a_phase_can_start_from_the_source(world: World, tmp_path: Path) -> None
     assert [p["source_hash"] for p in json.loads((path / "proof.json").read_text())["phases"]] == [source, source]
 
 
+def test_no_phase_trains_on_what_the_last_one_holds_out(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first phase reads twice the text of the second, which is among it."""
+    from addlang.data import prepare as module
+
+    seen: dict[str, Any] = {}
+    original = module.prepare
+
+    def spy(recipe: Recipe, phase: Phase, *args: Any, **kw: Any) -> Any:
+        seen[phase.name] = original(recipe, phase, *args, **kw)
+        return seen[phase.name]
+
+    monkeypatch.setattr(module, "prepare", spy)
+    both = [json.loads(x) for path in (world.text, world.more) for x in Path(path).read_text().splitlines()]
+    data = world.data(tmp_path / "out")
+    first = {k: data.pop(k) for k in list(data) if k in Phase.model_fields}
+    large = write_rows(world.root / "large.jsonl", both)
+    data["phases"] = [{"name": "a", **first, "datasets": [{"path": large}]}, {"name": "b", **first}]
+    execute(Recipe.parse(data))
+    held = [text for _, text in seen["b"].heldout]
+    assert len(held) == 9
+    trained = make_tokenizer().decode(seen["a"].mixture.sources[0].tokens.tolist())
+    assert not [text for text in held if text in trained]
+    kept = [row["text"] for row in both if row["text"] in trained]
+    assert len(kept) > 80
+
+
 def test_verify_of_phases_stops_at_the_one_whose_proof_fails(world: World, tmp_path: Path) -> None:
     path = execute(two_phases(world, tmp_path / "out"))
     first = path / "phases" / "read"

@@ -10,7 +10,7 @@ import platform
 import signal
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,10 +74,13 @@ def carry_out(run: RunDir, world: World, base_dir: Path | None) -> None:
     tokenizer = load_tokenizer(source, recipe.template_path(base_dir))
     world.first(lambda: check_model(recipe, source, tokenizer))
     world.first(lambda: check_calibration(run, tokenizer, base_dir))
-    data = [
-        world.in_turn(functools.partial(prepare_data, recipe, phase, tokenizer, device, base_dir, run))
-        for phase in recipe.phases
-    ]
+    data: list[PhaseData] = []
+    for phase in reversed(
+        recipe.phases
+    ):  # the last phase's held-out text is what is measured: no phase may train on it
+        exclude = [text for _, text in data[-1].heldout] if data else []
+        read = functools.partial(prepare_data, recipe, phase, tokenizer, device, base_dir, run, exclude)
+        data.insert(0, world.in_turn(read))
 
     def measure(label: str, directory: Path) -> None:
         world.first(lambda: evaluate(run, label, directory, tokenizer, data, device, base_dir))
@@ -278,7 +281,13 @@ def prove_phase(run: RunDir, phase: Phase, source: Path) -> None:
 
 
 def prepare_data(
-    recipe: Recipe, phase: Phase, tokenizer: Any, device: torch.device, base_dir: Path | None, run: RunDir
+    recipe: Recipe,
+    phase: Phase,
+    tokenizer: Any,
+    device: torch.device,
+    base_dir: Path | None,
+    run: RunDir,
+    exclude: Sequence[str] = (),
 ) -> PhaseData:
     """Read, split and pack a phase's data and put its card into the state.
 
@@ -296,7 +305,7 @@ def prepare_data(
             rows += n
             bar.update(rows)
 
-        data = prepare(recipe, phase, tokenizer, base_dir=base_dir, progress=count)
+        data = prepare(recipe, phase, tokenizer, base_dir=base_dir, progress=count, exclude=exclude)
     known = run.state.get("data", {}).get(phase.name)
     if run.done("evaluate:before") and known is not None and known != json.loads(json.dumps(data.card)):
         raise AddlangError(
@@ -388,10 +397,14 @@ def write_reports(path: Path) -> None:
 def check_requirements(recipe: Recipe) -> None:
     """What can be known to fail before any weight is loaded."""
     from addlang.models import Checkpoint, resolve
+    from addlang.strategies.base import import_peft
 
     for phase in recipe.phases:
-        if "reference_model" in phase.strategy.requires():
+        needs = phase.strategy.requires()
+        if "reference_model" in needs:
             Checkpoint(resolve(phase.strategy.reference_model))
+        if "peft" in needs:
+            import_peft(phase.strategy.name)
 
 
 def check_model(recipe: Recipe, source: Path, tokenizer: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,12 +70,21 @@ class PhaseData:
 
 
 def prepare(
-    recipe: Recipe, phase: Phase, tokenizer: Any, *, base_dir: Path | None = None, progress: Any = None
+    recipe: Recipe,
+    phase: Phase,
+    tokenizer: Any,
+    *,
+    base_dir: Path | None = None,
+    progress: Any = None,
+    exclude: Sequence[str] = (),
 ) -> PhaseData:
     """Read, split off, pack and mix a phase's data.
 
     Target documents are deduplicated and some are held out before anything is packed; replayed source text is
     deduplicated too, and neither may contain a held-out document.
+
+    Args:
+        exclude: texts that must not be trained on: what another phase holds out.
 
     The run is a whole number of optimizer steps: the budget is rounded up, as in the SSU paper (Table 8).
 
@@ -89,6 +99,7 @@ def prepare(
     outside = [
         text for spec in (*evaluation.target_datasets, *evaluation.source_datasets) for text in _texts(spec, base_dir)
     ]
+    outside += exclude
     reads = [read_rows(spec, base_dir=base_dir) for spec in phase.datasets]
     splits = []
     for spec, rows in zip(phase.datasets, reads, strict=True):
