@@ -44,10 +44,18 @@ STRATEGIES: dict[str, list[dict[str, Any]]] = {
     "lf_h1": [{}],
     "lota": [{"warmup_steps": 2}, {"warmup_steps": 2, "sparsity": 0.5, "include_norms": True}],
     "lf_h2": [{"reference_model": "@reference", **o} for o in ({}, {"unit": "head"}, {"unit": "layer"})],
+    "lora": [
+        {"rank": 4},
+        {"rank": 4, "freeze_special_tokens": True},
+        {"rank": 2, "target_modules": ["q_proj", "up_proj"]},
+    ],
+    "dora": [{"rank": 4}],
+    "adalora": [{}, {"initial_rank": 8, "target_rank": 6, "orthogonal": 0}, {"reference_code": True}],
     "gmt": [{}, {"ratio": 0.875, "include_embeddings": True}, {"freeze_special_tokens": True}],
     "lisa": [{"active_layers": 1, "interval": 1}, {"active_layers": 2}, {"freeze_special_tokens": True}],
     "spectrum": [{}, {"mode": "train_top"}],
 }
+ADAPTERS = ("lora", "dora", "adalora")
 CASES = [(n, o) for n, many in STRATEGIES.items() for o in many]
 IDS = [f"{n}-{'-'.join(map(str, o.values())) or 'default'}" for n, o in CASES]
 cases = pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
@@ -65,11 +73,6 @@ def make(name: str, options: dict[str, Any] | None = None, architecture: str = "
     """The strategy, with a reference model that fits the architecture where one is asked for."""
     given = STRATEGIES[name][0] if options is None else options
     return make_strategy(name, {k: reference(architecture) if v == "@reference" else v for k, v in given.items()})
-
-
-def without_defaults(name: str) -> dict[str, Any]:
-    """Options that the strategy cannot do without."""
-    return STRATEGIES[name][0] if load_strategy(name).example else {}
 
 
 def inputs(seed: int = 0, model_hash: str = "") -> PlanInputs:
@@ -95,6 +98,9 @@ def adamw_steps(attached: Any, steps: int = 4) -> None:
         rest = torch.arange(vocabulary).view(1, -1)[:, -250:]
         for batch in (ids, rest):
             attached.model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
+        term = attached.loss_term()
+        if term is not None:
+            term.backward()
         attached.before_clip(step)
         torch.nn.utils.clip_grad_norm_([p for _, p in attached.named_trainable()], 1.0)
         optimizer.step()
@@ -104,7 +110,7 @@ def adamw_steps(attached: Any, steps: int = 4) -> None:
 
 def execution(name: str) -> str:
     """Adapters have no execution to choose; all others run with the one that defines the semantics."""
-    return "masked"
+    return "auto" if name in ADAPTERS else "masked"
 
 
 def test_every_strategy_stands_in_this_contract() -> None:
@@ -142,6 +148,11 @@ def test_frozen_is_bit_identical_and_trainable_can_move(architecture: str, name:
 @cases
 def test_split_equals_masked_or_is_refused_by_name(name: str, options: dict[str, Any]) -> None:
     strategy = make(name, options, "qwen2")
+    if name in ADAPTERS:
+        for how in ("masked", "split"):
+            with pytest.raises(AddlangError, match=f"strategy '{name}' trains adapters.*no execution to choose"):
+                strategy.attach(make_model("qwen2"), strategy.plan(make_model("qwen2"), inputs()), how)
+        return
     results = []
     for how in ("masked", "split"):
         model = make_model("qwen2").double()
@@ -290,7 +301,7 @@ def test_embedding_and_head_are_treated_alike_in_all_arms(architecture: str) -> 
     model = make_model(architecture)
     embedding, head, _ = embedding_names(model)
     for options in ({}, {"freeze_special_tokens": True}, {"train_embeddings": False, "train_lm_head": False}):
-        plans = [make(n, {**without_defaults(n), **options}, architecture).plan(model, inputs()) for n in available()]
+        plans = [make(n, {**STRATEGIES[n][0], **options}, architecture).plan(model, inputs()) for n in available()]
         for name in {embedding, head}:
             assert len({(p[name].kind, p[name].frozen_count) for p in plans}) == 1
 

@@ -74,7 +74,7 @@ class Strategy(BaseModel):
     freeze_special_tokens: bool = Field(False, description="keep the special tokens' rows of embedding and head")
 
     def requires(self) -> frozenset[str]:
-        """What :meth:`plan` needs: a subset of {"source_text", "target_text", "reference_model"}."""
+        """What the strategy needs: a subset of {"source_text", "target_text", "reference_model", "peft"}."""
         return frozenset()
 
     def guards(self) -> tuple[Guard, ...]:
@@ -243,6 +243,21 @@ class Around(Attached):
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
         return self.inner.export()
+
+
+def import_peft(name: str) -> Any:
+    """The peft package.
+
+    Raises:
+        AddlangError: it is not installed.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise AddlangError(
+            f"strategy '{name}' needs the package peft ({error})", "install it: pip install 'addlang[peft]'"
+        ) from error
+    return peft
 
 
 def available() -> list[str]:

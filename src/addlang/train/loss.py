@@ -223,7 +223,9 @@ def _probe(inner: Any, inputs: Mapping[str, Tensor]) -> _Form | None:
             return sent[-1]
 
         short = {k: v[:1, :2] for k, v in inputs.items() if v.dim() == 2}
-        with torch.no_grad(), _head_replaced(head, known):
+        devices = [head.weight.device] if head.weight.is_cuda else []
+        # dropout must draw here what it would have drawn without the probe, or a resumed run would differ
+        with torch.random.fork_rng(devices), torch.no_grad(), _head_replaced(head, known):
             logits = inner(**short, use_cache=False, return_dict=True).logits
         reason = "the head's output becomes logits in a way that is not known"
         if len(sent) == 1 and logits.shape == sent[0].shape:
