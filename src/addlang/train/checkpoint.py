@@ -334,12 +334,14 @@ class ShardedFile:
         from torch.distributed.checkpoint.state_dict_loader import load
 
         alone = self._world.size == 1
-        load(
-            dict(into),
-            storage_reader=FileSystemReader(self._path),
-            process_group=None if alone else self._world.writing,
-            no_dist=alone,
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that is meant
+            load(
+                dict(into),
+                storage_reader=FileSystemReader(self._path),
+                process_group=None if alone else self._world.writing,
+                no_dist=alone,
+            )
 
 
 def clear(directory: Path) -> None:

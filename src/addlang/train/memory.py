@@ -76,6 +76,9 @@ def estimate(
         # two layers (one is fetched ahead) in the compute type with one layer's gradients; embedding and head whole
         gathered = (2 * compute_bytes + master) * max(0, body) // layers
         gathered += (1 if config.tie_word_embeddings else 2) * head * 2 * master
+    # the 8-bit optimizer keeps fp32 moments for the input embedding, if that is trained
+    embedding = next((e for e in plan.entries.values() if e.shape[0] == config.vocab_size), None)
+    wide = 6 * head if phase.optimizer == "adamw_8bit" and embedding and embedding.frozen_count < embedding.numel else 0
     tokens = micro * phase.sequence_length
     parts = {
         "frozen_weights": frozen * kept // shards,
@@ -83,7 +86,7 @@ def estimate(
         "compute_copies": max(0, copies),
         "gathered": gathered,
         "gradients": trained * master // shards,
-        "optimizer": round(trained * optimizer_bytes(phase, master)) // shards,
+        "optimizer": (round(trained * optimizer_bytes(phase, master)) + wide) // shards,
         "activations": activations(config, tokens, compute_bytes, checkpointing=phase.activation_checkpointing),
         "logits": logits(config, tokens) + head * compute_bytes,
     }

@@ -2,7 +2,8 @@
 
 - ``adamw``: torch's fused AdamW; state in the type of what is trained (fp32 masters: fp32 state).
 - ``adamw_8bit``: torchao's AdamW with both moments in 8 bits (block-wise, arXiv 2110.02861); weights in bf16
-  (``master_weights: model``) are rounded stochastically, fp32 masters are not touched by that.
+  (``master_weights: model``) are rounded stochastically, fp32 masters are not touched by that. The input embedding keeps
+  fp32 moments.
 - ``adamw_bf16_sr``: bf16 weights and gradients, rounded stochastically after an fp32 update, fp32 moments. The moments are
   not bf16 as in torchao's own class: with beta2 = 0.999 a bf16 second moment never decays, because one step's
   change of 0.1 % is less than half of its last place (0.2 %).
@@ -40,7 +41,8 @@ def build_optimizer(attached: Attached, phase: Phase) -> torch.optim.Optimizer:
         return torch.optim.AdamW(groups, lr=phase.learning_rate, betas=betas, eps=eps, fused=True)
     require_compiler(phase.optimizer)
     if phase.optimizer == "adamw_8bit":
-        built: torch.optim.Optimizer = _torchao().AdamW8bit(
+        model: Any = attached.model
+        built: torch.optim.Optimizer = _eight_bit_class(model.get_input_embeddings()._parameters["weight"])(
             groups, lr=phase.learning_rate, betas=betas, eps=eps, bf16_stochastic_round=True
         )
         return built
@@ -111,7 +113,7 @@ def state_parts(value: Tensor) -> dict[str, Tensor] | None:
 
 def is_quantised(optimizer: torch.optim.Optimizer) -> bool:
     """Whether states are kept in 8 bits: large ones are, small ones are not, and where it is sharded each part decides."""
-    return type(optimizer).__name__ == "AdamW8bit"
+    return bool(getattr(optimizer, "quantised", False))
 
 
 def make_state(optimizer: Any, p: nn.Parameter, kind: str) -> Tensor:
@@ -128,6 +130,25 @@ def _torchao() -> Any:
             f"this optimizer needs torchao: {error}", "pip install 'addlang[optimizers]', or use optimizer: adamw"
         ) from error
     return torchao.optim
+
+
+def _eight_bit_class(embedding: nn.Parameter | None) -> Callable[..., torch.optim.Optimizer]:
+    class EightBit(_torchao().AdamW8bit):  # type: ignore[misc, name-defined]
+        """torchao's 8-bit AdamW, but for the input embedding, which keeps fp32 moments (as bitsandbytes advises).
+
+        Most of its rows have no gradient in a step. Where a small second moment was quantised to 0 beside larger ones and
+        no new gradient comes, the first moment would be divided by epsilon: a leap of many times the weight.
+        """
+
+        quantised = True
+
+        def _new_buffer(self, p: Tensor, signed: bool) -> Tensor:
+            if p is embedding:
+                return torch.zeros_like(p, dtype=torch.float32, requires_grad=False)
+            buffer: Tensor = super()._new_buffer(p, signed)
+            return buffer
+
+    return EightBit
 
 
 def _stochastic_class() -> Callable[..., torch.optim.Optimizer]:
