@@ -32,6 +32,7 @@ from typing import Any
 import datasets
 import numpy as np
 
+from addlang.data.memo import LLAMA3
 from addlang.data.packing import pack_texts
 from addlang.data.readers import read_records
 from addlang.data.sources import read_rows
@@ -54,12 +55,14 @@ def generated_text(path: Path, documents: int = 24_000) -> None:
 
 
 def trained_tokenizer(path: Path) -> Any:
-    """A byte-level BPE of 32,000 tokens, trained on the first 20,000 rows."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    """A byte-level BPE of 32,000 tokens, cut like that of Llama 3 and OLMo 2, trained on the first 20,000 rows."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    split = pre_tokenizers.Split(Regex(LLAMA3), "isolated")
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, level])
     trainer = trainers.BpeTrainer(
         vocab_size=32_000,
         special_tokens=["<eos>"],

@@ -31,8 +31,24 @@ WORDS = [
     "<s>",
     "<",
 ]
-WORDS += ["<sep", "tab\t", "\u00a0", "\u1680", "\x85", "\x1c", "/", "😀", "'s", "a\nb", "\u200b", "e\u0301"]
-SPACES = [" ", "", "  ", "\n", "\n\n", " \n", "\n ", "\t", "\r\n", " \t ", "\u3000", "   \n\n  "]
+WORDS += [
+    "<sep",
+    "tab\t",
+    "\u00a0",
+    "\u1680",
+    "\x85",
+    "\x1c",
+    "/",
+    "😀",
+    "'s",
+    "a\nb",
+    "\u200b",
+    "\ufdd0",
+    "a\ufdd0",
+    "end.\n",
+    "e\u0301",
+]
+SPACES = [" ", "", "  ", "\n", "\n\n", " \n", "\n ", "\t", "\r\n", " \t ", "\u3000", "   \n\n  ", "\n", " \n\n", "\n/"]
 TEXTS = st.lists(st.tuples(st.sampled_from(WORDS), st.sampled_from(SPACES)), max_size=12).map(
     lambda pairs: "".join(a + b for a, b in pairs)
 )
@@ -66,13 +82,21 @@ def copies(tokenizer: Tokenizer) -> tuple[Tokenizer, Tokenizer]:
     return plain, control
 
 
+def memo_of(plain: Tokenizer, control: Tokenizer) -> Memo:
+    line_ends = separable(plain.to_str(), "</s>")
+    assert line_ends is not None
+    return Memo(plain, control, "</s>", line_ends)
+
+
 KINDS: dict[str, Tokenizer] = {
     "byte level": backend(None),
     "gpt2": backend(GPT2),
     "llama3": backend(LLAMA3),
     "qwen2": backend(QWEN2, normalizers.NFC()),
     "o200k": backend(O200K),
-    "added": backend(LLAMA3, added=[AddedToken("3.14"), AddedToken("\n\n"), AddedToken(" x"), AddedToken("  ")]),
+    "added": backend(
+        LLAMA3, added=[AddedToken("3.14"), AddedToken("\n\n"), AddedToken("t\n"), AddedToken(" x"), AddedToken("  ")]
+    ),
 }
 
 
@@ -81,8 +105,7 @@ KINDS: dict[str, Tokenizer] = {
 @given(batches=st.lists(st.lists(TEXTS, min_size=1, max_size=5), min_size=1, max_size=3))
 def test_lookup_equals_the_tokenizer(kind: str, batches: list[list[str]]) -> None:
     plain, control = copies(KINDS[kind])
-    assert separable(plain.to_str(), "</s>")
-    encode = Memo(plain, control, "</s>")
+    encode = memo_of(plain, control)
     for texts in batches:
         expected = [e.ids for e in plain.encode_batch(texts, add_special_tokens=False)]
         ids, lengths = encode(texts)
@@ -93,7 +116,7 @@ def test_lookup_equals_the_tokenizer(kind: str, batches: list[list[str]]) -> Non
 def test_lookup_is_right_after_forgetting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memo, "MOST_PIECES", 3)
     plain, control = copies(KINDS["llama3"])
-    encode = Memo(plain, control, "</s>")
+    encode = memo_of(plain, control)
     for text in ("the cat sat", "on the mat today", "the cat sat", ""):
         assert encode([text])[0].tolist() == plain.encode(text, add_special_tokens=False).ids
 
@@ -103,7 +126,7 @@ def test_separator_that_melts_with_a_piece_is_noticed() -> None:
     tokenizer.add_special_tokens([AddedToken("x</s>", special=True)])
     plain, control = copies(tokenizer)
     texts = ["x y x", "the x the"]
-    assert Memo(plain, control, "</s>")(texts)[0].tolist() == [
+    assert memo_of(plain, control)(texts)[0].tolist() == [
         t for e in plain.encode_batch(texts, add_special_tokens=False) for t in e.ids
     ]
 
@@ -115,10 +138,19 @@ def test_separator_that_melts_with_a_piece_is_noticed() -> None:
         backend(LLAMA3, normalizers.NFKC()),
         backend(LLAMA3, added=[AddedToken("two words")]),
         backend(LLAMA3, added=[AddedToken("ends ")]),
+        backend(LLAMA3, added=[AddedToken("two\nlines")]),
         backend(LLAMA3, added=[AddedToken("x", lstrip=True)]),
         backend(LLAMA3, added=[AddedToken("x", single_word=True)]),
     ],
-    ids=["pattern", "normalizer", "token with space", "token ends in space", "lstrip", "single word"],
+    ids=[
+        "pattern",
+        "normalizer",
+        "token with space",
+        "token ends in space",
+        "token with line end",
+        "lstrip",
+        "single word",
+    ],
 )
 def test_unsafe_tokenizers_are_not_cut(tokenizer: Tokenizer) -> None:
     assert not separable(tokenizer.to_str(), "</s>")

@@ -2,9 +2,9 @@
 
 The common byte-level BPE tokenizers (GPT-2, Llama 3, Qwen, OLMo 2 and their kin) first cut a text with a regular
 expression and then encode each part by itself. For the expressions listed here every match is either white space, or
-text without white space with at most one character in front. So a single space between two visible characters always
-starts a new part, and what stands between two such spaces can be encoded alone and remembered. Words repeat so much that
-on real text most of them are found.
+visible characters with at most one white space in front and line ends behind. So a single space between two visible
+characters always starts a new part, and mostly a line end in front of a visible character ends one. What stands between
+two such places can be encoded alone and remembered; words repeat so much that most of them are found.
 
 Only tokenizers for which this holds are treated so (:func:`separable`); all others go the ordinary way.
 """
@@ -29,49 +29,54 @@ O200K = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTIONS}?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-PATTERNS = frozenset({GPT2, LLAMA3, QWEN2, O200K})
+# Line ends after which a text may be cut. LLAMA3, QWEN2, O200K: the last of any run of white space, which is one match up
+# to there (in O200K a slash may belong to it: not in front of one). GPT2: white space in front of a word is cut before
+# its last character, which makes no difference only if it is one character.
+LINE_ENDS = {LLAMA3: "any", QWEN2: "any", O200K: "any", GPT2: "single"}
 
 MOST_PIECES = 1_000_000  # remembered at once; then everything is forgotten
 MOST_CHARACTERS = 30_000_000
 _CHUNK = 256  # pieces per string given to the tokenizer
-# Keys: 'word' stands for ' word'. These marks, which no valid text contains, stand in front of other pieces.
-_FIRST = "\ud800"  # begins a text: no space in front
-_EXACT = "\ud801"  # begins or ends a text, and may begin or end with white space
-_MARKS = (_FIRST, _EXACT)
+# Keys: 'word' stands for ' word'. With a mark in front there is no space; with one behind it ends with a line end after
+# which the text may be cut. The mark is a code point that is no character; a text that holds it is not cut at all.
+_MARK = "\ufdd0"
+_CUT = f"{_MARK} {_MARK}"
+_EXACT = "\ud801"  # what follows is the piece, whatever it begins and ends with; no valid text holds this
 
 
-def separable(backend: str, separator: str) -> bool:
-    """True if texts may be cut at single spaces, and ``separator`` keeps pieces apart that are encoded together.
+def separable(backend: str, separator: str) -> str | None:
+    """Whether texts may be cut at single spaces, and ``separator`` keeps pieces apart that are encoded together.
 
     Args:
         backend: the JSON of a ``tokenizers.Tokenizer``.
         separator: content of a control token.
+
+    Returns:
+        After which line ends texts may be cut as well (see ``LINE_ENDS``); None if they may not be cut at all.
     """
     config = json.loads(backend)
     normalizer, cutter, model = config["normalizer"], config["pre_tokenizer"] or {}, config["model"]
-    if (
-        normalizer is not None and normalizer.get("type") != "NFC"
-    ):  # composition never joins a space with its neighbours
-        return False
     if model["type"] != "BPE" or model.get("dropout"):
-        return False
+        return None
+    if normalizer is not None and normalizer.get("type") != "NFC":  # which joins nothing with white space
+        return None
     parts = cutter["pretokenizers"] if cutter.get("type") == "Sequence" else [cutter]
-    own = len(parts) == 1 and parts[0].get("type") == "ByteLevel" and parts[0].get("use_regex") is True
-    split = len(parts) == 2 and _splits(parts[0]) and parts[1].get("use_regex") is False
-    if not (own or split) or parts[-1].get("type") != "ByteLevel" or parts[-1].get("add_prefix_space") is not False:
-        return False
+    if parts[-1].get("type") != "ByteLevel" or parts[-1].get("add_prefix_space") is not False:
+        return None
+    pattern = ""
+    if len(parts) == 1 and parts[0].get("use_regex") is True:
+        pattern = GPT2
+    elif len(parts) == 2 and parts[0].get("type") == "Split" and parts[1].get("use_regex") is False:
+        whole = (parts[0]["behavior"], parts[0]["invert"]) in (("Isolated", False), ("Removed", True))
+        pattern = parts[0]["pattern"].get("Regex", "") if whole else ""
     added = config["added_tokens"]
     for token in added:
         flags = token["lstrip"] or token["rstrip"] or token["single_word"]
-        across = re.search(r"\S \S|\S $", token["content"])  # it could reach over a space that separates pieces
+        across = re.search(r"\S \S|\S $|\n\S", token["content"])  # it could reach over a place where texts are cut
         if flags or (across and not token["special"]):
-            return False
-    return any(t["content"] == separator and t["special"] and not t["normalized"] for t in added)
-
-
-def _splits(part: dict[str, Any]) -> bool:
-    matches = (part.get("behavior"), part.get("invert")) in (("Isolated", False), ("Removed", True))
-    return part.get("type") == "Split" and matches and part["pattern"].get("Regex") in PATTERNS
+            return None
+    apart = any(t["content"] == separator and t["special"] and not t["normalized"] for t in added)
+    return LINE_ENDS.get(pattern) if apart else None
 
 
 class Memo:
@@ -80,11 +85,13 @@ class Memo:
     Args:
         plain: backend that takes control tokens for ordinary text.
         control: copy of it that recognises them, so that ``separator`` can keep pieces apart.
-        separator: a control token; see :func:`separable`.
+        separator: a control token.
+        line_ends: as :func:`separable` returns them.
     """
 
-    def __init__(self, plain: Any, control: Any, separator: str) -> None:
+    def __init__(self, plain: Any, control: Any, separator: str, line_ends: str) -> None:
         self._plain, self._control, self._separator = plain, control, separator
+        self._single_line_ends = line_ends == "single"
         self._separator_id = control.token_to_id(separator)
         special = [t.content for t in control.get_added_tokens_decoder().values() if t.special]
         self._special = re.compile("|".join(map(re.escape, special)))
@@ -120,15 +127,15 @@ class Memo:
         return self._ids[at], np.diff(ends[bounds - 1], prepend=0)
 
     def _look_up(self, texts: list[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Numbers of all pieces of texts cut at every space, and the number of pieces per text (at least one).
+        """Numbers of all pieces of texts cut at every space and line end, and their number per text (at least one).
 
         Arrow cuts the texts and finds the different pieces; only these are looked up one by one.
         """
         import pyarrow as pa  # type: ignore[import-untyped]
         import pyarrow.compute as pc  # type: ignore[import-untyped]
 
-        cut = [text.partition(" ") for text in texts]
-        first = [(_FIRST if space else _EXACT) + head for head, space, _ in cut]
+        cut = [(text, "", "") if _MARK in text else self._lines_marked(text).partition(" ") for text in texts]
+        first = [(_MARK if space else _EXACT) + head for head, space, _ in cut]
         rest = pa.array([tail if space else None for _, space, tail in cut], pa.large_string())
         split = pc.split_pattern(rest, pattern=" ")
         coded = split.flatten().dictionary_encode()
@@ -142,12 +149,31 @@ class Memo:
         numbers[inner] = of_different[coded.indices.to_numpy()]
         return numbers, counts
 
+    def _lines_marked(self, text: str) -> str:
+        """The text with a space, between marks, at the line ends after which it may be cut."""
+        if "\n" not in text:
+            return text
+        text = text.replace("\n", f"\n{_CUT}").replace(f"{_CUT}\n", "\n").replace(f"{_CUT} ", " ")
+        return text.replace(f"\n\n{_CUT}", "\n\n") if self._single_line_ends else text
+
+    def _standing_alone(self, key: str) -> bool:
+        """False if the places where the piece was cut off are none where texts may be cut, as beside another space."""
+        if key[:1] in (_EXACT, "") or key == _MARK:
+            return bool(key)
+        body = key.strip(_MARK)
+        if not body or body[0].isspace() or (key[0] == _MARK and body[0] == "/"):
+            return False
+        if key[-1] == _MARK:
+            return not (self._single_line_ends and body[-2:-1].isspace())
+        return not body[-1].isspace()
+
     def _numbers(self, keys: list[str]) -> NDArray[np.int64]:
-        """Number per key; 0 where the spaces around a piece separate nothing, as beside another space."""
+        """Number per key; 0 for a piece that cannot stand alone."""
         numbers = np.fromiter(map(self._known.get, keys, repeat(-1)), np.int64, len(keys))
         unknown = np.flatnonzero(numbers < 0)
         missed = [keys[i] for i in unknown.tolist()]
-        new = [key for key in dict.fromkeys(missed) if key[:1] == _EXACT or (key and key.strip() == key)]
+        different = dict.fromkeys(missed)
+        new = [k for k in different if (k.strip() == k != "" and _MARK not in k) or self._standing_alone(k)]
         self._known.update(zip(new, range(len(self._known) + 1, len(self._known) + len(new) + 1), strict=True))
         self._new += new
         self._characters += sum(map(len, new))
@@ -155,7 +181,7 @@ class Memo:
         return numbers
 
     def _encode_new(self) -> None:
-        new = [key[1:] if key[:1] in _MARKS else " " + key for key in self._new]
+        new = [_piece(key) for key in self._new]
         self._new.clear()
         alone: list[int] = []  # pieces that spell out a control token; first look whether there is any at all
         if self._special.search("\n".join(new)):
@@ -186,6 +212,13 @@ class Memo:
         self._starts = np.concatenate([self._starts, starts[back]])
         self._lengths = np.concatenate([self._lengths, lengths[back]])
         self._ids = np.concatenate([self._ids, *ids])
+
+
+def _piece(key: str) -> str:
+    """The text that a key stands for."""
+    if key[0] == _EXACT:
+        return key[1:]
+    return key.strip(_MARK) if key[0] == _MARK else " " + key.rstrip(_MARK)
 
 
 def _glued_pieces(text: str) -> list[str]:

@@ -47,8 +47,9 @@ def text_encoder(tokenizer: Any) -> Encode:
     backend = tokenizer.backend_tokenizer.to_str()
     plain = _copy(backend)
     plain.encode_special_tokens = True
-    if separable(backend, tokenizer.eos_token):
-        return Memo(plain, _copy(backend), tokenizer.eos_token)
+    line_ends = separable(backend, tokenizer.eos_token)
+    if line_ends is not None:
+        return Memo(plain, _copy(backend), tokenizer.eos_token, line_ends)
     return lambda texts: _flat([e.ids for e in plain.encode_batch_fast(texts, add_special_tokens=False)])
 
 
