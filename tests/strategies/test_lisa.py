@@ -74,8 +74,8 @@ def test_a_layer_that_falls_asleep_loses_its_optimizer_state() -> None:
 
 
 def test_every_layer_belongs_to_the_optimizer_from_the_start() -> None:
-    """In public code only what is awake when the optimizer is built ever trains (LMFlow issue 726: the loss is the same
-    however many layers are active)."""
+    """An optimizer that is built while layers sleep never owns them (ms-swift pull request 10140; LMFlow issue 726 reports
+    the symptom: the loss is the same however many layers are active)."""
     model = make_model("llama", num_hidden_layers=5)
     attached = attach(model, active_layers=1, interval=1)
     owned = {id(p) for g in attached.param_groups(0.1) for p in g["params"]}
