@@ -12,11 +12,15 @@ if TYPE_CHECKING:
     from addlang.freeze.plan import FreezePlan as FreezePlan
     from addlang.recipe import Recipe as Recipe
     from addlang.run import execute as execute
+    from addlang.shielding import shield as shield
+    from addlang.shielding import unshield as unshield
 
 _LAZY = {
     "FreezePlan": "addlang.freeze.plan",
     "Recipe": "addlang.recipe",
     "execute": "addlang.run",
+    "shield": "addlang.shielding",
+    "unshield": "addlang.shielding",
 }
 __all__ = list(_LAZY)
 
