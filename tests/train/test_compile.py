@@ -9,7 +9,6 @@ import torch
 
 from training import attach, run, weights
 
-
 ONE = {"num_hidden_layers": 1}
 
 
