@@ -310,10 +310,35 @@ def verify(
 
 
 @app.command()
-def strategies(as_json: Json = False) -> None:
+def strategies(
+    table: Annotated[bool, typer.Option("--table", help="What each costs: trained share, FLOPs, optimizer.")] = False,
+    model: Annotated[str, typer.Option(help="With --table: preset (olmo2-7b), directory or hub id.")] = "olmo2-7b",
+    as_json: Json = False,
+) -> None:
     """List the methods, each with its paper."""
     from addlang.strategies import available, load_strategy
 
+    if table:
+        from addlang.strategies.costs import table as costs
+
+        found = costs(model)
+        if as_json:
+            emit(found)
+            return
+        from addlang.report import render_table
+
+        cells = [
+            [
+                r["strategy"],
+                f"{r['trained_share']:.1%}",
+                f"{r['flops_ratio']:.3f}",
+                f"{r['optimizer_ratio']:.3f}",
+                r["note"] or "",
+            ]
+            for r in found
+        ]
+        render_table(["strategy", "trained", "FLOPs / full", "optimizer / full", "note"], cells)
+        return
     rows = [{"name": c.name, "paper": c.paper, "summary": c.summary} for c in map(load_strategy, available())]
     if as_json:
         emit(rows)
