@@ -23,11 +23,14 @@ DOCUMENTS = 3000
 HELDOUT = 200
 
 NOTES = (
-    "The model has 0.9 million parameters and was trained on exactly the tasks it is tested on. What holds here need not hold at 7 billion.",
-    "Compare arms by the front. Retention at one equal learning rate alone flatters methods that learn less.",
-    "At this scale a lower learning rate gives full fine-tuning most of SSU's advantage: that is why it stands in the grid twice.",
-    "Wanda hardly differs from random columns here: a tiny model has no outlier features for it to find.",
-    "Two-phase runs are one seed each and carry no interval.",
+    "The model has 0.9 million parameters and was trained on exactly the tasks it is tested on. "
+    "What holds here need not hold at 7 billion.",
+    "Compare arms by the front and at equal gain. Retention at one equal learning rate alone flatters methods that learn less.",
+    "A lower learning rate alone already keeps much English: that is why full fine-tuning stands in the grid twice.",
+    "All arms read the same number of tokens; replayed and anchored ones count.",
+    "The self anchor is at its best here: the model samples from exactly the tasks that are tested.",
+    "A difference between Wanda and random columns comes from this one tiny model, which has no outlier features as large ones have.",
+    "Two-phase runs are one seed each and carry no interval, unless the lab was run with --full.",
 )
 
 
