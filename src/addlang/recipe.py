@@ -246,7 +246,7 @@ class Phase(TrainSettings):
     guards: Annotated[tuple[SerializeAsAny[Any], ...], BeforeValidator(_guards)] = Field(
         (), description="terms added to the loss: self_anchor and others; combine with any strategy"
     )
-    execution: Literal["auto", "masked", "split"] = "auto"
+    execution: Literal["auto", "masked", "split", "split_assemble", "split_resident"] = "auto"
     calibration: Calibration = Calibration()
 
     @property

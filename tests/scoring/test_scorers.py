@@ -169,11 +169,28 @@ def test_scoring_leaves_weights_and_grad_flags_untouched(scorer: str) -> None:
     assert flags == {n: p.requires_grad for n, p in model.named_parameters()}
 
 
-def test_padding_does_not_count_even_when_heads_equal_tokens() -> None:
+def test_padding_does_not_count_in_per_head_norms() -> None:
     x = torch.randn(2, 4, 3, 5)  # [B, heads, T, features]
     rows = torch.tensor([[True, True, True], [True, False, False]])
     want = x[0].square().sum((0, 1)) + x[1, :, 0].square().sum(0)
-    assert torch.allclose(sum_of_squares(x, rows), want)
+    assert torch.allclose(sum_of_squares(x, rows).float(), want)
+    assert torch.allclose(sum_of_squares(x.transpose(1, 2), rows).float(), want)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma3"])
+def test_a_batch_as_long_as_there_are_heads_scores_as_any_other(architecture: str) -> None:
+    """Tensors [B, heads, T, d] and [B, T, heads, d] look alike then."""
+
+    def scores(length: int) -> Any:
+        data = calibration(2, length=24)
+        for batch in data.batches:
+            batch["input_ids"] = batch["input_ids"][:, :length]
+            batch["attention_mask"] = (torch.arange(length) < torch.tensor([[4], [3]])).long()
+        return Scores.collect(make_model(architecture), make_scorer("wanda"), "column", data)
+
+    four, six = scores(4), scores(6)  # four heads; the real tokens are the same
+    for name in four:
+        assert torch.allclose(four[name], six[name], rtol=1e-4), name
 
 
 def test_nan_activations_are_an_error_that_names_the_module() -> None:

@@ -14,6 +14,8 @@ from addlang.models import parameter_kinds
 if TYPE_CHECKING:
     from addlang.data.calibration import CalibrationSet
 
+BLOCK = 1 << 16  # elements: 256 KiB in fp32
+
 
 class InputStatistics:
     """Sums over calibration tokens, by module.
@@ -48,11 +50,19 @@ class InputStatistics:
         handles = [modules[n].register_forward_pre_hook(self._hook(n, kind == "norm")) for n, kind in wanted.items()]
         device = next(model.parameters()).device
         decoder = model.base_model
+        heads = {getattr(model.config, k, None) for k in ("num_attention_heads", "num_key_value_heads")}
         try:
             with torch.inference_mode():
                 for batch in calibration:
                     ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
                     padded = not bool(mask.all())
+                    if (
+                        padded and ids.shape[1] in heads
+                    ):  # per-head norms could not tell heads from tokens: one more pad
+                        ids, mask = (
+                            nn.functional.pad(ids, (0, 1), value=int(ids[0, 0])),
+                            nn.functional.pad(mask, (0, 1)),
+                        )
                     self._rows = mask.bool() if padded else None
                     self._shared = None
                     decoder(input_ids=ids, attention_mask=mask if padded else None, use_cache=False)
@@ -83,7 +93,7 @@ class InputStatistics:
             if not is_norm and self._shared is not None and self._shared[0] is x:
                 _, total, mean = self._shared
             else:
-                total = sum_of_squares(normalised(x, module) if is_norm else x, self._rows)
+                total = sum_of_squares(x, self._rows, module if is_norm else None)
                 mean = x.detach().float().square().flatten(1, -2).mean(1).sum(0) if self.reference else None
                 if not is_norm:
                     self._shared = (x, total, mean)
@@ -101,35 +111,57 @@ def _add(table: dict[str, Tensor], name: str, value: Tensor) -> None:
         table[name] = value.double()
 
 
-def sum_of_squares(x: Tensor, rows: Tensor | None) -> Tensor:
-    """``sum_t x_tj^2`` [features] of ``x`` [B, T, ..., features] or [B, heads, T, features], without pads.
+def sum_of_squares(x: Tensor, rows: Tensor | None, norm: nn.Module | None = None) -> Tensor:
+    """``sum_t x_tj^2`` [features] of ``x`` [B, T, ..., features] or [B, heads, T, features], without pads, in float64.
 
     Args:
         rows: [B, T] bool of real tokens, None when all are.
+        norm: the norm that ``x`` enters: sum the squares of its *normalised* input.
     """
-    if rows is not None:
-        x = real_tokens(x, rows)
-    # one fused pass; x.float().square() would write two temporaries as large as the activation
-    return torch.linalg.vector_norm(
-        x.reshape(-1, x.shape[-1]), dim=0, dtype=torch.promote_types(x.dtype, torch.float32)
-    ).square()
+    flat = x.reshape(-1, x.shape[-1])
+    wide = torch.promote_types(x.dtype, torch.float32)
+    weights = None if rows is None else token_weights(x, rows, wide)
+    # block by block, so that squares stay in the processor's cache: ten times as fast as one pass over a large activation
+    step = max(1, (BLOCK if x.device.type == "cpu" else flat.numel()) // flat.shape[1])
+    total = torch.zeros(flat.shape[1], dtype=torch.float64, device=x.device)
+    for start in range(0, flat.shape[0], step):
+        block = flat[start : start + step].to(wide)
+        if isinstance(norm, nn.LayerNorm):
+            block = block - block.mean(1, keepdim=True)
+        square = block.square()
+        weight = None if weights is None else weights[start : start + step]
+        if norm is not None:
+            scale = 1 / (square.mean(1) + epsilon(norm))
+            weight = scale if weight is None else weight * scale
+        total += square.sum(0) if weight is None else weight @ square
+    return total
 
 
-def real_tokens(x: Tensor, rows: Tensor) -> Tensor:
-    """Drop pads: [n, ..., features]."""
+def token_weights(x: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """1 for the rows of the flattened ``x`` that belong to a real token, 0 for pads."""
     if x.shape[:2] == rows.shape:
-        return x[rows]
+        shape = rows.shape + (1,) * (x.dim() - 3)
+        return rows.view(shape).expand(x.shape[:-1]).reshape(-1).to(dtype)
     assert x.dim() == 4, f"unexpected activation shape {tuple(x.shape)}"
     assert x.shape[2] == rows.shape[1], f"unexpected activation shape {tuple(x.shape)}"
-    return x.transpose(1, 2)[rows]  # per-head norms after the heads moved to dimension 1
+    return rows.unsqueeze(1).expand(x.shape[:-1]).reshape(-1).to(dtype)  # heads were moved to dimension 1
 
 
 def normalised(x: Tensor, module: nn.Module) -> Tensor:
     """The input features of a norm's weight: ``x`` after normalisation, before scaling."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if eps is None:
-        raise AddlangError(f"{type(module).__name__} has no epsilon", "this architecture is not supported")
     if isinstance(module, nn.LayerNorm):
         x = x - x.mean(-1, keepdim=True)
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon(module))
+
+
+def epsilon(module: nn.Module) -> float:
+    """What a norm adds to the variance.
+
+    Raises:
+        AddlangError: it has none under a known name.
+    """
+    found = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if found is None:
+        raise AddlangError(f"{type(module).__name__} has no epsilon", "this architecture is not supported")
+    return float(found)

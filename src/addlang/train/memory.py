@@ -269,7 +269,7 @@ def form_of(plan: FreezePlan, phase: Phase, *, splittable: bool = True) -> Form:
     """
     if phase.execution == "masked" or not splittable or any(e.kind == "elements" for e in plan.entries.values()):
         return "masked"
-    return "assemble"
+    return "resident" if phase.execution == "split_resident" else "assemble"
 
 
 def device_memory(device: torch.device) -> int:
