@@ -48,6 +48,7 @@ def test_wanda_reference_code_is_the_public_formula_worked_by_hand() -> None:
     assert scorer.score("w", W, LINEAR, "row").tolist() == pytest.approx([14**0.5, 41**0.5])
     assert scorer.score("w", W, LINEAR, "element")[1].tolist() == pytest.approx([4 * 13.5, 5 * 3, 0])
     assert scorer.score("n", torch.tensor([1.0, -2.0]), NORM, "column").tolist() == pytest.approx([3, 11])
+    assert scorer.score("b", torch.tensor([-1.0, 0.5]), BIAS, "column").tolist() == pytest.approx([13.5, 1.5])
 
 
 def test_magnitude_is_summed_absolute_weight_worked_by_hand() -> None:

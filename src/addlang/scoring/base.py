@@ -112,7 +112,7 @@ class Scores:
         p = self._parameters[name].detach()
         info = self._kinds[name]
         weight = p if p.dtype == torch.float64 else p.float()
-        if info.kind == "norm":
+        if info.kind == "norm" and not self._scorer.reference_code:  # the public code takes the stored value
             weight = weight + norm_offset(self._modules[info.module])
         score = self._scorer.score(name, weight, info, self.granularity)
         one_d = weight.dim() == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from addlang.scoring.activations import InputStatistics
 from addlang.scoring.base import Granularity, Progress, Scorer, reduce
@@ -53,6 +54,8 @@ class Wanda(Scorer):
             return weight.norm(dim=0) * mean
         if weight.dim() == 2 and granularity == "row":
             return weight.norm(dim=1)
-        if info.kind == "bias" and mean.numel() != weight.numel():  # a linear layer's bias: the input has another width
-            mean = mean.new_zeros(weight.numel())
+        if info.kind == "bias":  # the public code cuts or stretches the input's statistics to the output's width
+            mean = mean[: weight.numel()]
+            if mean.numel() != weight.numel():
+                mean = interpolate(mean.view(1, 1, -1), size=weight.numel(), mode="linear", align_corners=False).view(-1)
         return weight.abs() * (1 + mean)
