@@ -141,6 +141,8 @@ def adapt(
         apply_liger(model)
     with explain_out_of_memory(model.config, plan, phase, micro=micro, device=device, stored=stored.dtype, world=world):
         attached = phase.strategy.attach(model, plan, phase.execution, masters=phase.master_weights == "fp32")
+        planned = run.state.get("plan", {})
+        run.update(plan={**planned, phase.name: {**planned.get(phase.name, {}), "execution": attached.execution}})
         seed = run.recipe.seed
         result = train(
             attached, data, phase, directory, device=device, schedule=schedule, seed=seed, guards=guards, world=world

@@ -27,6 +27,8 @@ LOW_PRECISION = (torch.float16, torch.bfloat16)
 class Masked(Attached):
     """Executes any plan; costs as much as full fine-tuning."""
 
+    execution = "masked"
+
     def __init__(self, model: nn.Module, plan: FreezePlan, *, masters: bool = True) -> None:
         super().__init__(model, plan)
         self._partial: dict[str, tuple[Frozen, Tensor]] = {}  # what is frozen of a parameter, and its values

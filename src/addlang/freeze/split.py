@@ -74,6 +74,7 @@ class SplitAttached(Attached):
         owners = _owners(model)
         outside = _outside(model)
         self.form: Form = _choose_form(model, plan) if form == "auto" else form
+        self.execution = f"split ({self.form})"
         self._places: dict[str, tuple[nn.Module, str]] = {}
         for name in plan:
             entry = _simple(plan[name])

@@ -57,5 +57,7 @@ class Wanda(Scorer):
         if info.kind == "bias":  # the public code cuts or stretches the input's statistics to the output's width
             mean = mean[: weight.numel()]
             if mean.numel() != weight.numel():
-                mean = interpolate(mean.view(1, 1, -1), size=weight.numel(), mode="linear", align_corners=False).view(-1)
+                mean = interpolate(mean.view(1, 1, -1), size=weight.numel(), mode="linear", align_corners=False).view(
+                    -1
+                )
         return weight.abs() * (1 + mean)

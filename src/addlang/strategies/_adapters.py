@@ -125,6 +125,8 @@ class AdapterAttached(Attached):
         seed: of the adapters' initial values.
     """
 
+    execution = "adapters (peft)"
+
     def __init__(
         self, model: nn.Module, plan: FreezePlan, tuner: Any, targets: list[str], *, seed: int, masters: bool
     ) -> None:

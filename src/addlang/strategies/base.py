@@ -152,6 +152,8 @@ class Attached:
     The loop calls, per optimizer step: backward -> ``before_clip`` -> clip -> optimizer -> ``after_step``.
     """
 
+    execution: str = "dense"  # how the plan is obeyed, for the report
+
     def __init__(self, model: nn.Module, plan: FreezePlan) -> None:
         self.model = model
         self.plan = plan
@@ -216,6 +218,7 @@ class Around(Attached):
     def __init__(self, inner: Attached) -> None:
         super().__init__(inner.model, inner.plan)
         self.inner = inner
+        self.execution = inner.execution
 
     def named_trainable(self) -> list[tuple[str, nn.Parameter]]:
         return self.inner.named_trainable()
