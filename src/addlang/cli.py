@@ -428,12 +428,14 @@ def lab_build(
 
 @lab_app.command("text")
 def lab_text(
-    language: Annotated[str, typer.Argument(help="en, sw or hi.")],
+    language: Annotated[
+        str, typer.Argument(help="en, sw, hi (raw text); english, similar-sw, similar-hi or dissimilar (chat).")
+    ],
     output: Annotated[Path, typer.Option(help="File to write (jsonl).")],
     documents: Annotated[int, typer.Option(help="Number of documents.")] = 4000,
     seed: Annotated[int, typer.Option(help="Seed.")] = 0,
 ) -> None:
-    """Write raw text of the lab's world, to try 'adapt' on."""
+    """Write text or conversations of the lab's world, to try 'adapt' and 'run' on."""
     from addlang.lab.world import write_dataset
 
     write_dataset(language, output, documents, seed)
