@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from tinyrun import World
+# before torch is imported: models of the tests are tiny, and several test processes share the cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from tinyrun import World  # noqa: E402
 
 
 @pytest.fixture(scope="session")
