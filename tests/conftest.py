@@ -10,7 +10,7 @@ import pytest
 # before torch is imported: models of the tests are tiny, and several test processes share the cores
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from tinyrun import World  # noqa: E402
+from tinyrun import World
 
 
 @pytest.fixture(scope="session")
