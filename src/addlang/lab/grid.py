@@ -46,6 +46,7 @@ class Arm:
     strategy: dict[str, Any]
     learning_rate: float
     replay: bool = False
+    tokens: int = TOKENS
     note: str = ""
     seeds: tuple[int, ...] = (0, 1, 2)
     extra: dict[str, Any] = field(default_factory=dict)
@@ -89,6 +90,7 @@ def arms(full: bool) -> list[Arm]:
             for method in ("full", "ssu"):
                 label, strategy, _ = METHODS[method]
                 name, words = f"{kind}-{method}", f"{kind} data, {label}"
+                seeds_here = seeds if full else (0,)
                 out.append(
                     Arm(
                         f"two-phase-{language}",
@@ -98,8 +100,9 @@ def arms(full: bool) -> list[Arm]:
                         data,
                         strategy,
                         2e-3,
-                        seeds=seeds if full else (0,),
-                    )
+                        tokens=TOKENS // 2,
+                        seeds=seeds_here,
+                    )  # fmt: skip
                 )
     return out
 
@@ -118,7 +121,7 @@ def recipe_data(arm: Arm, seed: int, root: Path) -> dict[str, Any]:
         "device": "cpu",
         "datasets": datasets,
         "strategy": arm.strategy,
-        "tokens": TOKENS,
+        "tokens": arm.tokens,
         "sequence_length": 128,
         "batch_size": 4,
         "learning_rate": arm.learning_rate,
@@ -282,7 +285,7 @@ def summary(
         experiments.append(
             {
                 "name": name,
-                "title": titles[kind].format(LANGUAGE_NAMES[language], TOKENS),
+                "title": titles[kind].format(LANGUAGE_NAMES[language], members[0].tokens),
                 "language": language,
                 "baseline": first["before"],
                 "arms": [
