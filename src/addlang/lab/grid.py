@@ -102,7 +102,7 @@ def arms(full: bool) -> list[Arm]:
                         2e-3,
                         tokens=TOKENS // 2,
                         seeds=seeds_here,
-                    )  # fmt: skip
+                    )
                 )
     return out
 
