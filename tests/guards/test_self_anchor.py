@@ -163,7 +163,7 @@ def test_a_model_that_writes_nothing_usable_is_an_error_with_the_counts(
 
 def fixed(tmp_path: Path, model: Any, **options: Any) -> Any:
     """An active anchor on conversations written here, so that no sampling is involved."""
-    from addlang.guards.self_anchor import _Active
+    from addlang.guards.anchored import Anchored
 
     guard = make_guard("self_anchor", options)
     r = np.random.default_rng(0)
@@ -172,7 +172,7 @@ def fixed(tmp_path: Path, model: Any, **options: Any) -> Any:
     teacher = ask(
         model, tokens, positions, top_k=64, rows_at_a_time=2, autocast=contextlib.nullcontext, progress=lambda *_: None
     )
-    return _Active(guard, teacher, RowOrder(len(teacher), 1.5, 0), {}, context(model, tmp_path))
+    return Anchored(guard, teacher, RowOrder(len(teacher), 1.5, 0), {}, context(model, tmp_path))
 
 
 def test_the_source_itself_has_no_divergence_and_a_changed_model_has_some(tmp_path: Path) -> None:

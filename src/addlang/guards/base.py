@@ -100,7 +100,9 @@ def available() -> list[str]:
     """Names of all guards."""
     import addlang.guards as package
 
-    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name not in ("base", "teacher"))
+    return sorted(
+        m.name for m in pkgutil.iter_modules(package.__path__) if m.name not in ("anchored", "base", "teacher")
+    )
 
 
 def make_guard(name: str, options: Mapping[str, Any]) -> Guard:

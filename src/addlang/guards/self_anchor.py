@@ -9,16 +9,12 @@ data, no judge, and no second model in memory.
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from addlang.errors import AddlangError
 from addlang.guards.base import ActiveGuard, Guard, GuardContext
-
-if TYPE_CHECKING:
-    from addlang.guards.teacher import RowOrder, Teacher
-    from addlang.strategies.base import Attached
 
 _MARK = "\u2983user\u2984"
 
@@ -64,7 +60,8 @@ class SelfAnchor(Guard):
 
     def start(self, context: GuardContext) -> ActiveGuard:
         from addlang.data.cache import fingerprint, tokenizer_fingerprint
-        from addlang.guards.teacher import VERSION, RowOrder, Teacher, ask, pack_rows
+        from addlang.guards.anchored import anchored
+        from addlang.guards.teacher import VERSION, Teacher, ask, pack_rows
 
         made_by = {
             k: v
@@ -94,66 +91,7 @@ class SelfAnchor(Guard):
             found = Teacher.load(directory)
             assert found is not None
         teacher, about = found
-        # the target's rows are full; anchor rows are nearly so: as many per step as give the share asked for
-        per_row = about["tokens"] / len(teacher)
-        per_step = context.batch * context.sequence_length * self.share / (1 - self.share) / per_row
-        order = RowOrder(len(teacher), per_step, context.seed)
-        return _Active(self, teacher, order, about, context)
-
-
-class _Active(ActiveGuard):
-    def __init__(
-        self, guard: SelfAnchor, teacher: Teacher, order: RowOrder, about: dict[str, Any], context: GuardContext
-    ) -> None:
-        self.guard, self.teacher, self.order, self.about = guard, teacher, order, about
-        self.context = context
-        self.micro = max(1, (16_384 if context.device.type == "cuda" else 4_096) // context.sequence_length)
-
-    def tokens(self, step: int) -> int:
-        return int((self.teacher.positions[self.order.at(step)] >= 0).sum())
-
-    def describe(self) -> dict[str, Any]:
-        return {
-            "guard": self.guard.name,
-            **self.guard.model_dump(mode="json"),
-            **{f"sampled_{k}": v for k, v in self.about.items()},
-        }
-
-    def weight(self, step: int) -> float:
-        done = (step - 1) / max(1, self.context.steps - 1)
-        return self.guard.weight * {"constant": 1.0, "decay": 1 - done, "ramp": done}[self.guard.schedule]
-
-    def backward(self, attached: Attached, step: int) -> float:
-        import numpy as np
-        import torch
-
-        from addlang.guards.teacher import divergence, model_positions, slices
-
-        rows = self.order.at(step)
-        weight = self.weight(step)
-        total = int(self.teacher.valid[rows].sum()) if len(rows) else 0
-        if total == 0 or weight == 0.0:
-            return 0.0
-        device, value = self.context.device, 0.0
-        for piece in slices(rows, self.micro):
-            tokens = torch.from_numpy(np.ascontiguousarray(self.teacher.tokens[piece])).to(device)
-            places = torch.from_numpy(model_positions(np.ascontiguousarray(self.teacher.positions[piece]))).to(device)
-            valid = torch.from_numpy(np.ascontiguousarray(self.teacher.valid[piece])).to(device)
-            spans = [slice(self.teacher.starts[r], self.teacher.starts[r + 1]) for r in piece.tolist()]
-            with self.context.autocast():
-                logits = attached.model(input_ids=tokens, position_ids=places, use_cache=False).logits[valid]
-            term = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
-            if self.guard.mode in ("kl", "both"):
-                ids = torch.from_numpy(np.concatenate([self.teacher.ids[s] for s in spans])).to(device)
-                logp = torch.from_numpy(np.concatenate([self.teacher.logp[s] for s in spans])).to(device)
-                term = term + divergence(logits, ids, logp, self.guard.temperature).sum()
-            if self.guard.mode in ("replay", "both"):
-                following = tokens[:, 1:][valid[:, :-1]]
-                term = term + torch.nn.functional.cross_entropy(logits.to(term.dtype), following, reduction="sum")
-            term = weight * term / total
-            term.backward()
-            value += float(term.detach())
-        return value
+        return anchored(self, teacher, about, context)
 
 
 def sample_conversations(guard: SelfAnchor, context: GuardContext) -> tuple[list[list[int]], dict[str, Any]]:

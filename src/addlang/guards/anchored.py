@@ -1,0 +1,83 @@
+"""A guard at work that holds the model to a stored :class:`Teacher`: the self anchor and KL on source text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from addlang.guards.base import ActiveGuard, GuardContext
+
+if TYPE_CHECKING:
+    from addlang.guards.teacher import RowOrder, Teacher
+    from addlang.strategies.base import Attached
+
+
+def anchored(guard: Any, teacher: Teacher, about: dict[str, Any], context: GuardContext) -> Anchored:
+    """Rows of the teacher in every step, as many as give the share asked for.
+
+    Args:
+        guard: has ``share``, ``weight``, ``schedule``, ``mode`` and ``temperature``.
+        about: has ``tokens``, those of the teacher's rows without padding.
+    """
+    from addlang.guards.teacher import RowOrder
+
+    # the target's rows are full, the teacher's nearly so
+    per_row = about["tokens"] / len(teacher)
+    per_step = context.batch * context.sequence_length * guard.share / (1 - guard.share) / per_row
+    return Anchored(guard, teacher, RowOrder(len(teacher), per_step, context.seed), about, context)
+
+
+class Anchored(ActiveGuard):
+    """Adds ``weight`` times the mean term over the anchored positions of a step."""
+
+    def __init__(
+        self, guard: Any, teacher: Teacher, order: RowOrder, about: dict[str, Any], context: GuardContext
+    ) -> None:
+        self.guard, self.teacher, self.order, self.about = guard, teacher, order, about
+        self.context = context
+        self.micro = max(1, (16_384 if context.device.type == "cuda" else 4_096) // context.sequence_length)
+
+    def tokens(self, step: int) -> int:
+        return int((self.teacher.positions[self.order.at(step)] >= 0).sum())
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "guard": self.guard.name,
+            **self.guard.model_dump(mode="json"),
+            **{f"sampled_{k}": v for k, v in self.about.items()},
+        }
+
+    def weight(self, step: int) -> float:
+        done = (step - 1) / max(1, self.context.steps - 1)
+        return self.guard.weight * {"constant": 1.0, "decay": 1 - done, "ramp": done}[self.guard.schedule]
+
+    def backward(self, attached: Attached, step: int) -> float:
+        import numpy as np
+        import torch
+
+        from addlang.guards.teacher import divergence, model_positions, slices
+
+        rows = self.order.at(step)
+        weight = self.weight(step)
+        total = int(self.teacher.valid[rows].sum()) if len(rows) else 0
+        if total == 0 or weight == 0.0:
+            return 0.0
+        device, value = self.context.device, 0.0
+        for piece in slices(rows, self.micro):
+            tokens = torch.from_numpy(np.ascontiguousarray(self.teacher.tokens[piece])).to(device)
+            places = torch.from_numpy(model_positions(np.ascontiguousarray(self.teacher.positions[piece]))).to(device)
+            valid = torch.from_numpy(np.ascontiguousarray(self.teacher.valid[piece])).to(device)
+            spans = [slice(self.teacher.starts[r], self.teacher.starts[r + 1]) for r in piece.tolist()]
+            with self.context.autocast():
+                logits = attached.model(input_ids=tokens, position_ids=places, use_cache=False).logits[valid]
+            term = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
+            if self.guard.mode in ("kl", "both"):
+                ids = torch.from_numpy(np.concatenate([self.teacher.ids[s] for s in spans])).to(device)
+                logp = torch.from_numpy(np.concatenate([self.teacher.logp[s] for s in spans])).to(device)
+                term = term + divergence(logits, ids, logp, self.guard.temperature).sum()
+            if self.guard.mode in ("replay", "both"):
+                following = tokens[:, 1:][valid[:, :-1]]
+                term = term + torch.nn.functional.cross_entropy(logits.to(term.dtype), following, reduction="sum")
+            term = weight * term / total
+            term.backward()
+            value += float(term.detach())
+        return value
