@@ -60,6 +60,9 @@ class GuardContext:
 class ActiveGuard(ABC):
     """A guard at work."""
 
+    def begin(self, attached: Attached) -> None:  # noqa: B027 - most guards need nothing here
+        """Called once when training starts, also on resume, while the trained parameters still have the source's values."""
+
     @abstractmethod
     def backward(self, attached: Attached, step: int) -> float:
         """Add this step's gradients to those of the target loss; returns the weighted term (nats)."""

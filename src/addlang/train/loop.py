@@ -90,6 +90,8 @@ def train(
     if phase.torch_compile:
         compile_layers(attached.model)
     model = spread(attached, phase, world, device, compute_dtype(phase, device))
+    for guard in guards:
+        guard.begin(attached)
     optimizer = build_optimizer(attached, phase)
     scheduler = build_scheduler(optimizer, phase, schedule.steps)
     attached.bind(optimizer, schedule.steps)
