@@ -18,7 +18,7 @@ from addlang.export import write_json
 from addlang.sweep import sweep
 
 LANGUAGE_NAMES = {"sw": "Swahili", "hi": "Hindi"}
-TOKENS = 300 * 512
+TOKENS = 240 * 512
 DOCUMENTS = 3000
 HELDOUT = 200
 
