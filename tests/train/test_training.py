@@ -7,77 +7,17 @@ import math
 import os
 import signal
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from tiny import calibration, make_model
 
 from addlang.errors import AddlangError, AddlangWarning, PreemptedError
 from addlang.freeze.proof import bits
-from addlang.recipe import Phase
 from addlang.strategies import PlanInputs, make_strategy
 from addlang.train import checkpoint
-from addlang.train.loop import Schedule, train
 from addlang.train.schedule import budget, global_batch, micro_batch
-
-CPU = torch.device("cpu")
-L = 24
-
-
-class Data:
-    """Random sequences, a pure function of their number, with labels of different counts."""
-
-    def __init__(self, hook: Any = None) -> None:
-        self.hook = hook
-
-    def batch(self, first: int, count: int) -> dict[str, np.ndarray[Any, Any]]:
-        if self.hook is not None:
-            self.hook(first)
-        ids, labels = [], []
-        for k in range(first, first + count):
-            r = np.random.default_rng(k)
-            row = r.integers(6, 260, L)
-            ids.append(row)
-            labels.append(np.where(np.arange(L) < L - r.integers(0, 10), row, -100))
-        positions = np.broadcast_to(np.arange(L), (count, L)).copy()
-        return {"input_ids": np.stack(ids), "labels": np.stack(labels), "position_ids": positions}
-
-    def describe_rows(self, first: int, count: int) -> list[dict[str, Any]]:
-        return [{"sequence": k} for k in range(first, first + count)]
-
-
-def phase(**kw: Any) -> Phase:
-    settings: dict[str, Any] = {
-        "datasets": [{"path": "x"}], "strategy": {"name": "ssu"}, "sequence_length": L, "learning_rate": 1e-2, "weight_decay": 0.1,
-        "save_steps": 3, "logging_steps": 1, "warmup_steps": 2,
-    }  # fmt: skip
-    return Phase(**{**settings, **kw})
-
-
-def attach(
-    strategy: str = "ssu", dtype: torch.dtype = torch.float32, architecture: str = "llama", execution: str = "masked"
-) -> Any:
-    model = make_model(architecture).to(dtype)
-    s = make_strategy(strategy, {})
-    plan = s.plan(model, PlanInputs(calibration=lambda: calibration()))
-    return s.attach(model, plan, execution)
-
-
-def run(directory: Path, attached: Any = None, steps: int = 8, data: Any = None, micro: int = 2, **kw: Any) -> Any:
-    attached = attached or attach()
-    directory.mkdir(exist_ok=True, parents=True)
-    train(attached, data or Data(), phase(**kw), directory, device=CPU, schedule=Schedule(steps, 4, micro), seed=0)
-    return attached
-
-
-def weights(attached: Any) -> dict[str, torch.Tensor]:
-    return {n: t.clone() for n, t in attached.export()}
-
-
-class Killed(BaseException):
-    pass
+from training import Data, Killed, attach, phase, run, weights
 
 
 @pytest.mark.parametrize("strategy", ["full", "ssu"])

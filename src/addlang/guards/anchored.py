@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from addlang.guards.base import ActiveGuard, GuardContext
@@ -9,6 +10,38 @@ from addlang.guards.base import ActiveGuard, GuardContext
 if TYPE_CHECKING:
     from addlang.guards.teacher import RowOrder, Teacher
     from addlang.strategies.base import Attached
+
+
+def stored_teacher(
+    context: GuardContext, key: str, top_k: int, conversations: Callable[[], tuple[list[list[int]], dict[str, Any]]]
+) -> tuple[Teacher, dict[str, Any]]:
+    """The source's answers on some conversations, from the cache or made now.
+
+    Args:
+        key: names everything that determines them.
+        conversations: gives token ids, each at most a row long, and what to tell about them.
+    """
+    from addlang.guards.teacher import Teacher, ask, pack_rows
+
+    directory = context.cache_dir / "anchors" / key
+    found = Teacher.load(directory)
+    if found is None:
+        ids, about = conversations()
+        tokens, positions = pack_rows(ids, context.sequence_length, context.tokenizer.pad_token_id)
+        teacher = ask(
+            context.model,
+            tokens,
+            positions,
+            top_k=top_k,
+            rows_at_a_time=8,
+            autocast=context.autocast,
+            progress=context.progress,
+        )
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        teacher.save(directory, {**about, "rows": len(teacher), "tokens": int((positions >= 0).sum())})
+        found = Teacher.load(directory)
+        assert found is not None
+    return found
 
 
 def anchored(guard: Any, teacher: Teacher, about: dict[str, Any], context: GuardContext) -> Anchored:

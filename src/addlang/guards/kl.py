@@ -6,7 +6,7 @@ the model samples, this does with the conversations that are given.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -40,34 +40,15 @@ class KL(Guard):
 
     def start(self, context: GuardContext) -> ActiveGuard:
         from addlang.data.cache import fingerprint
-        from addlang.guards.anchored import anchored
-        from addlang.guards.teacher import VERSION, Teacher, ask, pack_rows
+        from addlang.guards.anchored import anchored, stored_teacher
+        from addlang.guards.teacher import VERSION
 
         given = context.calibration()
         key = fingerprint("kl", VERSION, context.model_hash, given.fingerprint, self.top_k, context.sequence_length)
-        directory = context.cache_dir / "anchors" / key
-        found = Teacher.load(directory)
-        if found is None:
-            whole = [ids[: context.sequence_length] for ids in given.ids]
-            tokens, positions = pack_rows(whole, context.sequence_length, context.tokenizer.pad_token_id)
-            teacher = ask(
-                context.model,
-                tokens,
-                positions,
-                top_k=self.top_k,
-                rows_at_a_time=8,
-                autocast=context.autocast,
-                progress=context.progress,
-            )
-            directory.parent.mkdir(parents=True, exist_ok=True)
+
+        def conversations() -> tuple[list[list[int]], dict[str, Any]]:
+            whole = [list(ids[: context.sequence_length]) for ids in given.ids]
             cut = sum(len(ids) > context.sequence_length for ids in given.ids)
-            about = {
-                "conversations": len(whole),
-                "cut": cut,
-                "tokens": int((positions >= 0).sum()),
-                "source": given.source,
-            }
-            teacher.save(directory, about)
-            found = Teacher.load(directory)
-            assert found is not None
-        return anchored(self, *found, context)
+            return whole, {"conversations": len(whole), "cut": cut, "source": given.source}
+
+        return anchored(self, *stored_teacher(context, key, self.top_k, conversations), context)

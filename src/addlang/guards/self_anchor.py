@@ -60,8 +60,8 @@ class SelfAnchor(Guard):
 
     def start(self, context: GuardContext) -> ActiveGuard:
         from addlang.data.cache import fingerprint, tokenizer_fingerprint
-        from addlang.guards.anchored import anchored
-        from addlang.guards.teacher import VERSION, Teacher, ask, pack_rows
+        from addlang.guards.anchored import anchored, stored_teacher
+        from addlang.guards.teacher import VERSION
 
         made_by = {
             k: v
@@ -72,26 +72,8 @@ class SelfAnchor(Guard):
             "self_anchor", VERSION, context.model_hash, tokenizer_fingerprint(context.tokenizer, chat=True),
             made_by, context.sequence_length, context.language,
         )  # fmt: skip
-        directory = context.cache_dir / "anchors" / key
-        found = Teacher.load(directory)
-        if found is None:
-            conversations, about = sample_conversations(self, context)
-            tokens, positions = pack_rows(conversations, context.sequence_length, context.tokenizer.pad_token_id)
-            teacher = ask(
-                context.model,
-                tokens,
-                positions,
-                top_k=self.top_k,
-                rows_at_a_time=8,
-                autocast=context.autocast,
-                progress=context.progress,
-            )
-            directory.parent.mkdir(parents=True, exist_ok=True)
-            teacher.save(directory, {**about, "rows": len(teacher), "tokens": int((positions >= 0).sum())})
-            found = Teacher.load(directory)
-            assert found is not None
-        teacher, about = found
-        return anchored(self, teacher, about, context)
+        found = stored_teacher(context, key, self.top_k, lambda: sample_conversations(self, context))
+        return anchored(self, *found, context)
 
 
 def sample_conversations(guard: SelfAnchor, context: GuardContext) -> tuple[list[list[int]], dict[str, Any]]:
