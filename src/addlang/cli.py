@@ -365,7 +365,7 @@ def lab(
     context: typer.Context,
     output_dir: OutputDir = "lab-out",
     full: Annotated[
-        bool, typer.Option("--full", help="More seeds, learning rates and both languages (about an hour).")
+        bool, typer.Option("--full", help="More seeds, learning rates and both languages (190 runs).")
     ] = False,
     jobs: Annotated[int | None, typer.Option(help="Runs at a time. Default: the number of cores.")] = None,
     overwrite: Overwrite = False,

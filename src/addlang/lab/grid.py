@@ -29,7 +29,7 @@ NOTES = (
     "A lower learning rate alone already keeps much English: that is why full fine-tuning stands in the grid twice.",
     "All arms read the same number of tokens; replayed and anchored ones count.",
     "The self anchor is at its best here: the model samples from exactly the tasks that are tested.",
-    "A difference between Wanda and random columns comes from this one tiny model, which has no outlier features as large ones have.",
+    "A difference between Wanda and random columns is that of this one tiny model; another base may show another.",
     "Two-phase runs are one seed each and carry no interval, unless the lab was run with --full.",
 )
 
