@@ -12,10 +12,11 @@ from typing import Annotated, Any
 
 import typer
 
+from addlang.commands.common import EXTRA, Json, OutputDir, Overwrite, emit, parse_overrides, quiet, split_arguments
+from addlang.commands.lab import lab_app
 from addlang.errors import AddlangError, AddlangWarning
 
 MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EMFILE}
-EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 app = typer.Typer(
     name="addlang",
     help="Teach an instruction-tuned LLM a new language without losing the ones it has: adapt, measure, predict.",
@@ -23,27 +24,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-lab_app = typer.Typer(
-    help="The embedded lab: a tiny real experiment, with no download. Without a subcommand it runs.",
-    add_completion=False,
-)
 app.add_typer(lab_app, name="lab")
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start again in an output directory that holds a run.")]
-OutputDir = Annotated[str, typer.Option("--output_dir", "--output-dir", help="Where the run goes.")]
-
-
-def emit(data: Any) -> None:
-    """One JSON document on stdout."""
-    print(json.dumps(data, ensure_ascii=False, indent=1))
-
-
-def quiet(as_json: bool) -> None:
-    if as_json:
-        from addlang.progress import set_quiet
-
-        set_quiet(True)
 
 
 @app.command(context_settings=EXTRA)
@@ -156,53 +137,6 @@ def proof_summary(path: Path) -> dict[str, Any]:
         return {"ok": None}
     proof = json.loads(file.read_text(encoding="utf-8"))
     return {"ok": proof["ok"], "phases": [{k: v for k, v in p.items() if k != "tensors"} for p in proof["phases"]]}
-
-
-def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Positional values, and ``--key value`` pairs that the parser left among them."""
-    values: list[str] = []
-    options: list[str] = []
-    rest = list(arguments)
-    while rest:
-        item = rest.pop(0)
-        if item.startswith("--"):
-            options.append(item)
-            if "=" not in item and rest and not rest[0].startswith("--"):
-                options.append(rest.pop(0))
-        else:
-            values.append(item)
-    if not values:
-        raise AddlangError("no TEXT given", "name at least one file, directory or hub id after MODEL")
-    return values, options
-
-
-def parse_overrides(arguments: list[str]) -> list[tuple[str, Any]]:
-    """``["--a.b", "1e-4", "--c=x"]`` -> ``[("a.b", 1e-4), ("c", "x")]``; values are read as YAML scalars or lists."""
-    pairs: list[tuple[str, Any]] = []
-    rest = list(arguments)
-    while rest:
-        key = rest.pop(0)
-        if not key.startswith("--") or key == "--":
-            raise AddlangError(f"unexpected argument '{key}'", "recipe keys are given as --key value")
-        name, equals, value = key[2:].partition("=")
-        if not equals:
-            if not rest or rest[0].startswith("--"):
-                raise AddlangError(f"--{name} has no value", f"write --{name} VALUE (for example --{name} true)")
-            value = rest.pop(0)
-        pairs.append((name, parse_value(value)))
-    return pairs
-
-
-def parse_value(text: str) -> Any:
-    """A YAML scalar or list, as it would be read in a recipe."""
-    import yaml
-
-    from addlang import strictyaml
-
-    try:
-        return strictyaml.read(text)
-    except yaml.YAMLError:
-        return text
 
 
 @app.command(context_settings=EXTRA)
@@ -358,88 +292,6 @@ def doctor(as_json: Json = False) -> None:
     emit(result) if as_json else show(result)
     if not result["ok"]:
         raise typer.Exit(1)
-
-
-@lab_app.callback(invoke_without_command=True)
-def lab(
-    context: typer.Context,
-    output_dir: OutputDir = "lab-out",
-    full: Annotated[
-        bool, typer.Option("--full", help="More seeds, learning rates and both languages (190 runs).")
-    ] = False,
-    jobs: Annotated[int | None, typer.Option(help="Runs at a time. Default: the number of cores.")] = None,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-) -> None:
-    """Run the embedded experiment: five ways to learn Swahili, what each costs in English. Continues if interrupted."""
-    if context.invoked_subcommand is not None:
-        return
-    from addlang.lab.grid import run_lab
-    from addlang.report import lab_table, render_table
-
-    quiet(as_json)
-    path = run_lab(Path(output_dir), full=full, jobs=jobs, overwrite=overwrite)
-    if as_json:
-        emit(json.loads((path / "lab.json").read_text(encoding="utf-8")))
-        return
-    print()
-    for title, columns, rows in lab_table(path):
-        print(title)
-        render_table(columns, rows)
-        print()
-    print(f"report  {path / 'report.html'}")
-
-
-@lab_app.command("path")
-def lab_path(as_json: Json = False) -> None:
-    """Print where the lab model is: an ordinary Hugging Face directory."""
-    from addlang.lab import lab_model_path
-
-    emit({"model": str(lab_model_path())}) if as_json else print(lab_model_path())
-
-
-@lab_app.command("build")
-def lab_build(
-    output_dir: OutputDir = "lab-model",
-    seed: Annotated[int, typer.Option(help="Seed.")] = 0,
-    steps: Annotated[int, typer.Option(help="Optimizer steps of 768 tokens.")] = 3600,
-    threads: Annotated[int, typer.Option(help="Of torch; the shipped model was built with one.")] = 1,
-    as_json: Json = False,
-) -> None:
-    """Train the lab model again from a seed."""
-    from addlang.lab.build import build
-    from addlang.progress import progress
-
-    quiet(as_json)
-    with progress("building the lab model", total=steps, unit="steps") as bar:
-        about = build(
-            Path(output_dir),
-            seed=seed,
-            steps=steps,
-            threads=threads,
-            progress=lambda done, loss: bar.update(done, loss=loss),
-        )
-    score = about["exact_match"]
-    if as_json:
-        emit(about)
-    else:
-        print(f"wrote {output_dir}: {score['value']:.3f} exact match on {score['items']} English items")
-
-
-@lab_app.command("text")
-def lab_text(
-    language: Annotated[
-        str, typer.Argument(help="en, sw, hi (raw text); english, similar-sw, similar-hi or dissimilar (chat).")
-    ],
-    output: Annotated[Path, typer.Option(help="File to write (jsonl).")],
-    documents: Annotated[int, typer.Option(help="Number of documents.")] = 4000,
-    seed: Annotated[int, typer.Option(help="Seed.")] = 0,
-) -> None:
-    """Write text or conversations of the lab's world, to try 'adapt' and 'run' on."""
-    from addlang.lab.world import write_dataset
-
-    write_dataset(language, output, documents, seed)
-    print(output)
 
 
 def main() -> None:
