@@ -89,7 +89,7 @@ def _short(value: Any) -> str:
 
 
 def _type(annotation: Any) -> str:
-    text = str(annotation).replace("typing.", "").replace("addlang.recipe.", "").replace("NoneType", "None")
+    text = str(annotation).replace("typing.", "").replace("addlang.recipe.", "").replace("addlang.schema.", "").replace("NoneType", "None")
     if text.startswith("<class '"):
         text = text[8:-2]
     return "`" + text.split(", BeforeValidator")[0].replace("Annotated[", "").replace("|", "or") + "`"

@@ -1,0 +1,293 @@
+"""The parts of a recipe: data sets, calibration, training, phases, evaluation. ``Recipe`` itself is in recipe.py.
+
+Importing this module loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+ALIASES = {
+    "base_model": "model_name_or_path",
+    "model": "model_name_or_path",
+    "sequence_len": "sequence_length",
+    "cutoff_len": "sequence_length",
+    "max_seq_length": "sequence_length",
+    "max_length": "sequence_length",
+    "block_size": "sequence_length",
+    "micro_batch_size": "per_device_train_batch_size",
+    "train_batch_size": "per_device_train_batch_size",
+    "lr": "learning_rate",
+    "warmup_ratio": "warmup_steps",
+    "lr_scheduler": "lr_scheduler_type",
+    "optim": "optimizer",
+    "deepspeed": "sharding",
+    "fsdp": "sharding",
+    "fsdp_config": "sharding",
+    "save_limit": "save_total_limit",
+    "liger_kernel": "use_liger_kernel",
+    "compile": "torch_compile",
+    "embedding_lr": "embedding_learning_rate",
+    "gradient_checkpointing": "activation_checkpointing",
+    "max_steps": "tokens",
+    "num_train_epochs": "tokens",
+    "bf16": "precision",
+    "fp16": "precision",
+    "overwrite_output_dir": "--overwrite",
+    "train_files": "datasets",
+    "data": "datasets",
+}
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
+
+
+def parse_count(value: Any) -> Any:
+    """``"200M"`` -> 200_000_000; also ``1.5B``, ``300k``, ``1e6`` and plain integers."""
+    if isinstance(value, bool) or not isinstance(value, str | float):
+        return value
+    if isinstance(value, float):
+        return int(value) if math.isfinite(value) and value == int(value) else value
+    text = value.strip().replace("_", "").replace(",", "").lower()
+    m = re.fullmatch(r"([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)([kmbg]?)", text)
+    if not m:
+        raise ValueError(f"'{value}' is not a count; write for example 200M, 1.5B or 300k")
+    return round(float(m[1]) * _UNITS[m[2]])
+
+
+def parse_list(value: Any) -> Any:
+    """``"a,b"`` -> ``["a", "b"]``, so that lists can be given on the command line."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+Count = Annotated[int, BeforeValidator(parse_count)]
+
+
+class Strict(BaseModel):
+    """Base of every part of a recipe: unknown keys are errors, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _booleans_are_no_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        numbers = {Count, Count | None, int, int | None, float, float | None}
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation in numbers:
+            raise ValueError("must be a number, not a boolean")
+        return value
+
+
+class DatasetSpec(Strict):
+    """One source of text or conversations."""
+
+    path: str = Field(description="local file (jsonl, json, csv, parquet, txt; also .gz, .zst), directory, or hub id")
+    name: str | None = Field(None, description="hub configuration name")
+    split: str = Field("train", description="hub split")
+    revision: str | None = Field(None, description="hub revision")
+    format: Literal["auto", "text", "messages", "prompt_completion", "alpaca", "sharegpt"] = "auto"
+    text_column: str = Field("text", description="column that holds raw text")
+    weight: float | None = Field(None, gt=0, description="share of the training tokens; None: in proportion to size")
+    role: Literal["target", "source", "replay"] = "target"
+    language: str | None = Field(
+        None, description="ISO 639 code; default: the recipe's language, or en for source data"
+    )
+    license: str | None = Field(None, description="licence, quoted in the model card")
+    limit: Count | None = Field(None, gt=0, description="read at most this many rows")
+
+
+class Calibration(Strict):
+    """Source-language chat data on which importance is scored (methods: SSU section 3, appendix B)."""
+
+    datasets: tuple[DatasetSpec, ...] = Field((), description="empty: the built-in English set")
+    sequences: int = Field(500, gt=0, description="number of sequences (paper: 500)")
+    sequence_length: int = Field(2048, gt=0, description="tokens; longer conversations are cut (paper: 2,048)")
+    batch_size: int = Field(8, gt=0, description="sequences per forward pass")
+    allow_fewer: bool = Field(False, description="score on fewer sequences than asked for, with a warning")
+
+
+class TrainSettings(Strict):
+    """One phase's optimisation. Defaults: Table 8 of the SSU paper."""
+
+    tokens: Count | None = Field(
+        None, gt=0, description="training budget; None: one pass over the target data, at most the paper's 200M"
+    )
+    sequence_length: int = Field(512, gt=1, description="tokens per sequence")
+    batch_size: int | None = Field(
+        None, gt=0, description="sequences per optimizer step; None: 32, less where that leaves under 200 steps"
+    )
+    per_device_train_batch_size: int | None = Field(
+        None, gt=0, description="sequences per forward pass; default: as many as fit"
+    )
+    gradient_accumulation_steps: int | None = Field(
+        None, gt=0, description="default: batch_size / (per device x devices)"
+    )
+    learning_rate: float = Field(5e-5, gt=0)
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    warmup_steps: float = Field(0.05, ge=0, description="steps, or a fraction of all steps when below 1")
+    weight_decay: float = Field(0.01, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    max_grad_norm: float = Field(1.0, ge=0, description="0: no clipping")
+    embedding_learning_rate: float | None = Field(
+        None, gt=0, description="of the input embedding and the head; None: learning_rate"
+    )
+    optimizer: Literal["adamw", "adamw_8bit", "adamw_bf16_sr"] = Field(
+        "adamw",
+        description="adamw: fused; adamw_8bit: 8-bit state; adamw_bf16_sr: bf16 weights, stochastic rounding, fp32 state",
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="compute type; auto: bf16 on GPUs, fp32 on CPUs"
+    )
+    master_weights: Literal["fp32", "model"] = Field(
+        "fp32", description="type of what is trained; 'model': the checkpoint's own"
+    )
+    activation_checkpointing: bool = False
+    sharding: Literal["auto", "none", "ddp", "fsdp"] = Field(
+        "auto", description="over the processes of torchrun; auto: none on one process, fsdp on several"
+    )
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = (
+        Field(None, description="passed to transformers; None: its default (sdpa where the model has it)")
+    )
+    torch_compile: bool = Field(False, description="compile each decoder layer")
+    use_liger_kernel: bool = Field(False, description="fused norms, rotary embeddings and SwiGLU of liger-kernel (GPU)")
+    max_loss_spike: float | None = Field(
+        5.0,
+        gt=1,
+        description="stop where the loss exceeds this many times its running median (of at least 1 nat); None: never",
+    )
+    isolate_documents: bool = Field(True, description="tokens do not attend across documents packed into one sequence")
+    loss_on: Literal["responses", "all"] = Field("responses", description="chat data: which tokens carry loss")
+    save_steps: int = Field(500, gt=0)
+    save_total_limit: int = Field(2, gt=0)
+    logging_steps: int = Field(10, gt=0)
+    report_to: Annotated[
+        tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...], BeforeValidator(parse_list)
+    ] = ()
+
+    @model_validator(mode="after")
+    def _settings_fit_together(self) -> TrainSettings:
+        if self.optimizer == "adamw_bf16_sr" and self.master_weights != "model":
+            raise ValueError("optimizer adamw_bf16_sr rounds bf16 weights, so it needs master_weights: model")
+        if (
+            self.attn_implementation in ("flash_attention_2", "flash_attention_3")
+            and self.isolate_documents
+            and self.per_device_train_batch_size != 1
+        ):
+            raise ValueError(
+                f"{self.attn_implementation} isolates packed documents only with per_device_train_batch_size: 1 "
+                "(transformers); set that, isolate_documents: false, or attn_implementation: sdpa"
+            )
+        return self
+
+
+def _strategy(value: Any) -> Any:
+    from addlang.strategies import Strategy, make_strategy
+
+    if isinstance(value, Strategy):
+        return value
+    if isinstance(value, str):
+        value = {"name": value}
+    if not isinstance(value, Mapping) or "name" not in value:
+        raise ValueError("a strategy is a name, or a mapping with 'name' and its options")
+    return make_strategy(value["name"], {k: v for k, v in value.items() if k != "name"})
+
+
+def _guards(value: Any) -> Any:
+    from addlang.guards import Guard, make_guard
+
+    out = []
+    for item in [value] if isinstance(value, str | Mapping) else value or []:
+        if isinstance(item, Guard):
+            out.append(item)
+            continue
+        data = {"name": item} if isinstance(item, str) else dict(item)
+        if "name" not in data:
+            raise ValueError("a guard is a name, or a mapping with 'name' and its options")
+        out.append(make_guard(data["name"], {k: v for k, v in data.items() if k != "name"}))
+    names = [g.name for g in out]
+    if len(set(names)) != len(names):
+        raise ValueError("a guard stands twice")
+    return tuple(out)
+
+
+class Phase(TrainSettings):
+    """Data, what may be updated, and how it is trained."""
+
+    name: str = Field("adapt", pattern=r"^[A-Za-z0-9_-]+$")
+    datasets: tuple[DatasetSpec, ...] = Field(min_length=1)
+    strategy: Annotated[SerializeAsAny[Any], BeforeValidator(_strategy)] = Field(
+        description="name, or mapping with name and options"
+    )
+    guards: Annotated[tuple[SerializeAsAny[Any], ...], BeforeValidator(_guards)] = Field(
+        (), description="terms added to the loss: self_anchor and others; combine with any strategy"
+    )
+    execution: Literal["auto", "masked", "split", "split_assemble", "split_resident"] = "auto"
+    calibration: Calibration = Calibration()
+
+    @property
+    def all_guards(self) -> tuple[Any, ...]:
+        """The phase's guards and those that its strategy brings along."""
+        own = {g.name for g in self.guards}
+        return (*self.guards, *(g for g in self.strategy.guards() if g.name not in own))
+
+    start: Literal["previous", "source"] = Field("previous", description="weights this phase starts from")
+
+
+class RepliesEvaluation(Strict):
+    """Language of free replies to English prompts, judged sentence by sentence."""
+
+    prompts: str | None = Field(
+        None, description="file with one prompt per row ('prompt' or 'text'); None: built-in English prompts"
+    )
+    limit: int | None = Field(None, gt=0)
+    max_new_tokens: int = Field(128, gt=0)
+
+
+class Evaluation(Strict):
+    """What is measured before and after, on the same items."""
+
+    holdout: float = Field(
+        0.02, gt=0, lt=0.5, description="share of target documents kept for evaluation, split off before training"
+    )
+    holdout_max: Count = Field(500, gt=0, description="at most this many held-out documents")
+    holdout_seed: int = Field(
+        0, ge=0, description="which documents; not the run's seed, so that seeds share their items"
+    )
+    source_datasets: tuple[DatasetSpec, ...] = Field(
+        (), description="source-language text for bits per byte; empty: built-in English"
+    )
+    target_datasets: tuple[DatasetSpec, ...] = Field(
+        (), description="held-out target text; empty: split off the training data"
+    )
+    tasks: Annotated[tuple[str, ...], BeforeValidator(parse_list)] = Field(
+        (), description="'lab', 'lab-target', lm-eval task names, or paths of task YAML files"
+    )
+    task_roles: Mapping[str, Literal["source", "target", "safety"]] = Field(
+        {}, description="role of a task; default: source"
+    )
+    num_fewshot: int | None = Field(None, ge=0)
+    limit: int | None = Field(None, gt=0, description="items per task")
+    replies: RepliesEvaluation | None = RepliesEvaluation()
+    batch_size: int = Field(16, gt=0)
+    sequence_length: int | None = Field(None, gt=1, description="window for bits per byte; default: the phase's")
+    resamples: int = Field(2000, ge=100, description="bootstrap resamples for intervals")
+
+
+def beside(path: str, base_dir: Path | None) -> Path:
+    """A path of the recipe, relative to the recipe's directory."""
+    return (base_dir or Path()) / Path(path).expanduser()
