@@ -12,7 +12,7 @@ from addlang.errors import AddlangError
 from addlang.sweep import run_one, sweep
 
 
-def note_settings(data: dict[str, Any], where: str) -> str:
+def note_settings(data: dict[str, Any], where: str, base_dir: Path | None) -> str:
     import torch
 
     path = Path(data["output_dir"])
@@ -54,7 +54,7 @@ def test_a_finished_run_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.Mo
     }
     fingerprint = Recipe.parse(data).fingerprint
     (tmp_path / "out").mkdir()
-    monkeypatch.setattr("addlang.run.execute", lambda recipe: tmp_path / "executed")
+    monkeypatch.setattr("addlang.run.execute", lambda recipe, base_dir: tmp_path / "executed")
     for status, expected in (("finished", "out"), ("running", "executed")):
         write_json(tmp_path / "out" / "state.json", {"status": status, "fingerprint": fingerprint, "stages": {}})
         assert run_one(data, "x") == str(tmp_path / expected)

@@ -14,6 +14,7 @@ import typer
 
 from addlang.commands.common import EXTRA, Json, OutputDir, Overwrite, emit, parse_overrides, quiet, split_arguments
 from addlang.commands.lab import lab_app
+from addlang.commands.sweep import sweep
 from addlang.errors import AddlangError, AddlangWarning
 
 MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EMFILE}
@@ -25,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(lab_app, name="lab")
+app.command(context_settings=EXTRA)(sweep)
 
 
 @app.command(context_settings=EXTRA)

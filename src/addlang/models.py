@@ -370,6 +370,25 @@ def _read_header(path: Path) -> dict[str, Any]:
     except (ValueError, MemoryError, OverflowError) as error:
         raise AddlangError(f"weight file {path} is torn or no safetensors file", "copy the model again") from error
     end = max((e["data_offsets"][1] for n, e in header.items() if n != "__metadata__"), default=0)
+def scale_back(model: Any, share: float, source: Path) -> str:
+    """Move every parameter to ``w0 + share (w - w0)``, in fp32, with ``w0`` from a checkpoint; returns its hash.
+
+    Raises:
+        AddlangError: a parameter is not in the checkpoint, or has another shape there.
+    """
+    import torch
+
+    stored = Checkpoint(source)
+    input_name, _, tied = embedding_names(model)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            start = stored.get(stored.stored_name(name, input_name if tied else None)).to(p.device, torch.float32)
+            if start.shape != p.shape:
+                raise AddlangError(f"'{name}' is {tuple(p.shape)} here and {tuple(start.shape)} in {source}")
+            p.copy_(start + share * (p.float() - start))
+    return stored.hash
+
+
     if path.stat().st_size != 8 + size + end:
         raise AddlangError(
             f"weight file {path} is torn: {path.stat().st_size} bytes, its header says {8 + size + end}",

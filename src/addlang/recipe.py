@@ -82,12 +82,21 @@ class Recipe(Strict):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of everything that determines the result (not of where it is written or how often it is saved)."""
-        data = self.resolved()
+        """Hash of everything that determines the result (not of where it is written or how often it is saved).
+
+        Defaults are left out, so that a run can be continued by a version that knows more keys.
+        """
+        data = self.model_dump(mode="json", exclude_defaults=True)
         data.pop("output_dir")
-        for phase in data["phases"]:
+        data.pop("allow_contamination", None)  # it only lets the same run go on
+        for phase, live in zip(data["phases"], self.phases, strict=True):
             for key in ("save_steps", "save_total_limit", "logging_steps", "report_to", "max_loss_spike", "sharding"):
-                phase.pop(key)
+                phase.pop(key, None)
+            parts = [
+                {"name": part.name, **part.model_dump(mode="json", exclude_defaults=True)}
+                for part in (live.strategy, *live.guards)
+            ]
+            phase["strategy"], phase["guards"] = parts[0], parts[1:]
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
     @classmethod

@@ -82,8 +82,9 @@ def carry_out(run: RunDir, world: World, base_dir: Path | None) -> None:
         read = functools.partial(prepare_data, recipe, phase, tokenizer, device, base_dir, run, exclude)
         data.insert(0, world.in_turn(read))
 
-    def measure(label: str, directory: Path) -> None:
-        world.first(lambda: evaluate(run, label, directory, tokenizer, data, device, base_dir))
+    def measure(label: str, directory: Path, share: float = 1.0) -> None:
+        back = None if share == 1 else (share, source)
+        world.first(lambda: evaluate(run, label, directory, tokenizer, data, device, base_dir, back))
 
     measure("before", source)
     start = source
@@ -92,6 +93,8 @@ def carry_out(run: RunDir, world: World, base_dir: Path | None) -> None:
         adapt(run, phase, origin, tokenizer, phase_data, device, base_dir, world)
         start = run.phase_dir(phase)
         measure("after" if phase is recipe.phases[-1] else phase.name, start)
+    for share in recipe.evaluation.scale_back:
+        measure(f"after-x{share:g}", start, share)
     world.first(lambda: compare_models(run))
 
 
@@ -329,14 +332,19 @@ def evaluate(
     device: torch.device,
     base_dir: Path | None,
 ) -> None:
-    """Measure one checkpoint, as it lies on disk, and write its rows and items."""
+    back: tuple[float, Path] | None = None,
+    """Measure one checkpoint, as it lies on disk, and write its rows and items.
+
+    Args:
+        back: ``(a, source)`` to measure ``w0 + a (w - w0)`` instead, with ``w0`` from the source's directory.
+    """
     if run.done(f"evaluate:{label}"):
         return
     import torch
 
     from addlang.data.prepare import cache_root, labelled_texts
     from addlang.evaluate.suite import build_suite, cached_evaluate
-    from addlang.models import Checkpoint, load_model
+    from addlang.models import Checkpoint, load_model, scale_back
     from addlang.progress import progress
 
     recipe = run.recipe
@@ -353,7 +361,10 @@ def evaluate(
     stored = Checkpoint(directory)
     model = load_model(directory, dtype=torch.float32 if device.type == "cpu" else None, device=device)
     with progress(f"evaluating {label}", unit="tasks") as bar:
-        result = cached_evaluate(model, stored.hash, suite, cache_root() / "evaluations", progress=bar.update)
+    weights = stored.hash
+    if back is not None:
+        weights += f" scaled {back[0]} back to {scale_back(model, *back)}"
+        result = cached_evaluate(model, weights, suite, cache_root() / "evaluations", progress=bar.update)
     save_measurements(run, label, result.measurements)
     run.finish(f"evaluate:{label}", not_run=[{"task": t, "reason": r} for t, r in result.not_run])
 

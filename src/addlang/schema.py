@@ -291,3 +291,6 @@ class Evaluation(Strict):
 def beside(path: str, base_dir: Path | None) -> Path:
     """A path of the recipe, relative to the recipe's directory."""
     return (base_dir or Path()) / Path(path).expanduser()
+    scale_back: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], BeforeValidator(parse_list)] = Field(
+        (), description="also measure the source model plus these shares of the whole update: w0 + a (w - w0)"
+    )

@@ -13,6 +13,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from pathlib import Path
 from typing import Any, TypeVar
 
+from addlang.errors import AddlangError
+
 Key = TypeVar("Key")
 
 
@@ -23,9 +25,12 @@ def sweep(
     threads: int,
     cache: Path,
     where: str = "sweep",
-    work: Callable[[dict[str, Any], str], str] | None = None,
+    base_dir: Path | None = None,
+    gpus: Sequence[str] = (),
+    on_error: Callable[[Key, AddlangError], None] | None = None,
+    work: Callable[[dict[str, Any], str, Path | None], str] | None = None,
 ) -> Iterator[tuple[Key, Path]]:
-    """Carry out recipes; yields each one's key and run directory as it finishes. The first failure stops the rest.
+    """Carry out recipes; yields each one's key and run directory as it finishes.
 
     Args:
         todo: recipes as plain data, started in this order.
@@ -33,13 +38,19 @@ def sweep(
         threads: of torch, in each.
         cache: directory that all share, so that the base model is measured once (``ADDLANG_CACHE``).
         where: named in errors of the recipes.
+        base_dir: where the recipes' relative paths start; None: the working directory.
+        gpus: ids of :func:`devices`, dealt to the processes in turn.
+        on_error: told of a run that failed, and the rest goes on; None: the first failure stops the rest.
         work: carries out one recipe and returns its directory; default: :func:`run_one`.
 
     Raises:
-        AddlangError: whatever the first failing run raised.
+        AddlangError: whatever the first failing run raised, unless ``on_error`` is there.
     """
     context = multiprocessing.get_context("spawn")
-    start = (threads, str(cache))
+    dealt: Any = context.Queue()
+    for i in range(workers if gpus else 0):
+        dealt.put(gpus[i % len(gpus)])
+    start = (threads, str(cache), dealt if gpus else None)
     queue = [(key, dict(data)) for key, data in todo]
     with ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker, initargs=start) as pool:
         pending: dict[Future[str], Key] = {}
@@ -47,16 +58,36 @@ def sweep(
             while queue or pending:
                 while queue and len(pending) < workers + 1:  # one waits, so that no process does
                     key, data = queue.pop(0)
-                    pending[pool.submit(work or run_one, data, where)] = key
+                    pending[pool.submit(work or run_one, data, where, base_dir)] = key
                 for done in wait(pending, return_when=FIRST_COMPLETED).done:
-                    yield pending.pop(done), Path(done.result())
+                    key = pending.pop(done)
+                    try:
+                        path = Path(done.result())
+                    except AddlangError as error:
+                        if on_error is None:
+                            raise
+                        on_error(key, error)
+                    else:
+                        yield key, path
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def start_worker(threads: int, cache: str) -> None:
+def devices() -> list[str]:
+    """The GPUs that processes can be given, as ``CUDA_VISIBLE_DEVICES`` names them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [part.strip() for part in visible.split(",") if part.strip() not in ("", "-1")]
+    import torch
+
+    return [str(i) for i in range(torch.cuda.device_count())]
+
+
+def start_worker(threads: int, cache: str, gpus: Any = None) -> None:
     """Settings of a process of the pool."""
+    if gpus is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
     os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["ADDLANG_CACHE"] = cache
@@ -68,16 +99,16 @@ def start_worker(threads: int, cache: str) -> None:
     torch.set_num_threads(threads)
 
 
-def run_one(data: dict[str, Any], where: str) -> str:
+def run_one(data: dict[str, Any], where: str, base_dir: Path | None = None) -> str:
     """Carry out one recipe unless its directory holds the finished run; returns the directory."""
     from addlang.recipe import Recipe
     from addlang.run import execute
     from addlang.rundir import STATE, read_state
 
-    recipe = Recipe.parse(data, where=where)
+    recipe = Recipe.parse(data, where=where, base_dir=base_dir)
     path = Path(recipe.output_dir)
     if (path / STATE).is_file():
         state = read_state(path)
         if state["status"] == "finished" and state["fingerprint"] == recipe.fingerprint:
             return str(path)
-    return str(execute(recipe))
+    return str(execute(recipe, base_dir=base_dir))

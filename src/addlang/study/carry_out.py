@@ -1,0 +1,215 @@
+"""Carry a study out and write ``results.json``, ``table.md`` and ``report.html``. Killed, it continues."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from addlang.errors import AddlangError
+from addlang.export import write_json
+from addlang.study.numbers import at_equal_gain, change, gather, interval, scaled_back, select
+from addlang.study.spec import Cell, Study, cells
+
+NUMBERS = "numbers.json"
+WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
+
+
+def run_study(
+    study: Study,
+    *,
+    base_dir: Path,
+    command: str,
+    jobs: int | None = None,
+    only: Sequence[str] = (),
+    finished: bool = False,
+) -> tuple[Path, dict[str, Any]]:
+    """Carry out every run that is not finished; returns the directory and what ``results.json`` holds.
+
+    Args:
+        base_dir: directory of the study file: its relative paths start there.
+        command: quoted in the report.
+        jobs: runs at a time; default: one per GPU, without GPUs one per core.
+        only: labels of arms or settings, or seeds as ``seed=N``; the others are not run.
+        finished: run nothing; tabulate what is finished.
+
+    Raises:
+        AddlangError: a recipe is wrong, a label is unknown, or nothing is finished. A run that fails does not stop the
+            others; it is named in the results.
+    """
+    from addlang.progress import note, progress
+    from addlang.report.study import write_study_report
+    from addlang.sweep import devices, sweep
+
+    grid = cells(study, base_dir)
+    chosen = {c: data for c, data in grid.items() if _wanted(study, c, only)}
+    root = Path(study.output_dir).resolve()
+    root.mkdir(parents=True, exist_ok=True)
+    found: dict[Cell, dict[str, Any]] = {}
+    failed: list[dict[str, Any]] = []
+    todo = []
+    for cell, data in chosen.items():
+        kept = _known(Path(data["output_dir"]), data, base_dir)
+        if kept is None:
+            todo.append((cell, data))
+        else:
+            found[cell] = kept
+    if not finished and todo:
+        gpus = devices()
+        cores = os.cpu_count() or 1
+        workers = max(1, min(jobs or len(gpus) or cores, len(todo)))
+        note(f"{len(todo)} of {len(chosen)} runs to do, {workers} at a time; results go to {root}")
+        with progress("study", total=len(todo), unit="runs") as bar:
+            runs = sweep(
+                todo,
+                workers=workers,
+                threads=max(1, cores // workers),
+                cache=root / "cache",
+                where="study",
+                base_dir=base_dir,
+                gpus=gpus,
+                on_error=lambda cell, error: failed.append({"run": cell.folder, "error": str(error)}),
+            )
+            for cell, path in runs:
+                found[cell] = _keep(path, study.keep_weights)
+                bar.update(len(found) + len(failed) - (len(chosen) - len(todo)))
+    for f in failed:
+        note(f"failed: {f['run']}: {f['error']}")
+    if not found:
+        raise AddlangError("no run of this study is finished" + (f": {failed[0]['error']}" if failed else ""))
+    result = tabulate(study, {c: found[c] for c in chosen if c in found})
+    result |= {"command": command, "failed": failed, "missing": len(chosen) - len(found) - len(failed)}
+    write_json(root / "results.json", result)
+    write_study_report(root)
+    return root, result
+
+
+def _wanted(study: Study, cell: Cell, only: Sequence[str]) -> bool:
+    from addlang.errors import did_you_mean
+
+    labels = {
+        *study.arms,
+        *(label for axis in study.axes.values() for label in axis),
+        *(f"seed={s}" for s in study.seeds),
+    }
+    for label in only:
+        if label not in labels:
+            raise AddlangError(f"--only {label}: no arm, setting or seed", did_you_mean(label, labels))
+    groups = [set(study.arms), *(set(axis) for axis in study.axes.values()), {f"seed={s}" for s in study.seeds}]
+    mine = {cell.arm, *cell.setting, f"seed={cell.seed}"}
+    return all(not (chosen := group & set(only)) or chosen & mine for group in groups)
+
+
+def _known(path: Path, data: Mapping[str, Any], base_dir: Path) -> dict[str, Any] | None:
+    """The numbers of a run that is finished with this very recipe."""
+    from addlang.recipe import Recipe
+    from addlang.rundir import STATE, read_state
+
+    if not (path / STATE).is_file():
+        return None
+    state = read_state(path)
+    if state["status"] != "finished" or state["fingerprint"] != Recipe.parse(data, base_dir=base_dir).fingerprint:
+        return None
+    kept = path / NUMBERS
+    return dict(json.loads(kept.read_text(encoding="utf-8"))) if kept.is_file() else gather(path)
+
+
+def _keep(path: Path, weights: bool) -> dict[str, Any]:
+    """Write a run's numbers beside it; remove its weights unless they are wanted."""
+    numbers = gather(path)
+    write_json(path / NUMBERS, numbers)
+    if not weights:
+        for folder in (path, *(path / "phases").glob("*")):
+            for pattern in WEIGHTS:
+                for file in folder.glob(pattern):
+                    file.unlink()
+    return numbers
+
+
+def tabulate(study: Study, found: Mapping[Cell, Mapping[str, Any]]) -> dict[str, Any]:
+    """Per setting: every arm at every learning rate, the front, and the comparison at equal gain.
+
+    An arm whose update was also scaled back (``evaluation.scale_back``) stands there again for every share.
+    """
+    settings = []
+    plain = found
+    found = {}
+    for cell, numbers in plain.items():
+        found[cell] = numbers
+        for share, results in scaled_back(numbers["results"]).items():
+            found[dataclasses.replace(cell, arm=f"{cell.arm} x {share}")] = {**numbers, "results": results}
+    order = list(dict.fromkeys(c.arm for c in found))
+    order.sort(key=lambda arm: list(study.arms).index(arm if arm in study.arms else arm.rpartition(" x ")[0]))
+    for setting in dict.fromkeys(c.setting for c in found):
+        runs = {c: n for c, n in found.items() if c.setting == setting}
+        first = next(iter(runs.values()))["results"]
+        points = {c: (change(n["results"], [study.gained]), change(n["results"], study.kept)) for c, n in runs.items()}
+        rows: list[dict[str, Any]] = []
+        for arm, rate in sorted(
+            dict.fromkeys((c.arm, c.learning_rate) for c in runs),
+            key=lambda x: (order.index(x[0]), x[1] or 0.0),
+        ):
+            members = [c for c in runs if (c.arm, c.learning_rate) == (arm, rate)]
+            numbers = [runs[c] for c in members]
+            rows.append(
+                {
+                    "arm": arm,
+                    "learning_rate": rate,
+                    "seeds": len(members),
+                    "gained": interval([points[c][0] for c in members]),
+                    "kept": interval([points[c][1] for c in members]),
+                    "after": {
+                        key: interval([n["results"][key]["after"] for n in numbers])
+                        for key in first
+                        if all("after" in n["results"].get(key, {}) for n in numbers)
+                    },
+                    "tokens": max(n["tokens"] for n in numbers),
+                    "seconds": sum(n["train_seconds"] for n in numbers) / len(numbers),
+                    "trainable_fraction": numbers[0]["trainable_fraction"],
+                    "proof_ok": all(n["proof_ok"] for n in numbers),
+                }
+            )
+        from addlang.evaluate.statistics import pareto_front
+
+        best = pareto_front([(r["gained"][0], r["kept"][0]) for r in rows])
+        for i, row in enumerate(rows):
+            row["on_front"] = i in best
+        curves: dict[str, dict[int, list[tuple[float, float]]]] = {}
+        for cell, point in points.items():
+            curves.setdefault(cell.arm, {}).setdefault(cell.seed, []).append(point)
+        settings.append(
+            {
+                "setting": dict(zip(study.axes, setting, strict=True)),
+                "before": {key: entry["before"] for key, entry in first.items() if "before" in entry},
+                "rows": rows,
+                "equal_gain": at_equal_gain(curves, study.against) if study.against in curves else [],
+            }
+        )
+    some = next(iter(found.values()))["results"]
+    return {
+        "title": study.title or "Study",
+        "reference": study.against,
+        "gained": _metric(some, study.gained),
+        "kept": [_metric(some, key) for key in study.kept],
+        "seeds": list(study.seeds),
+        "settings": settings,
+        "runs": [
+            {
+                "setting": list(c.setting),
+                "arm": c.arm,
+                "learning_rate": c.learning_rate,
+                "seed": c.seed,
+                "folder": c.folder,
+                **n,
+            }
+            for c, n in plain.items()
+        ],
+    }
+
+
+def _metric(results: Mapping[str, Mapping[str, Any]], key: str) -> dict[str, Any]:
+    name, entry = select(results, key)
+    return {"key": name, "unit": entry["unit"], "higher_is_better": entry["higher_is_better"]}

@@ -1,0 +1,125 @@
+"""From finished runs to numbers: gained and kept per run, the front, and arms compared at equal gain."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from addlang.errors import AddlangError
+from addlang.evaluate.statistics import Interval, holm, interpolate_at, paired_t, pareto_front, t_interval
+
+SCALED = "after-x"  # label of w0 + a (w - w0) in results.jsonl, with a behind it
+Point = tuple[float, float]  # gained, kept: both better when higher
+
+
+def gather(path: Path) -> dict[str, Any]:
+    """The numbers of a finished run: every result before and after, what it trained on, time and proof."""
+    rows = [json.loads(line) for line in (path / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    results: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        key = f"{row['role']}/{row['metric']}/{row['task']}"
+        entry = results.setdefault(key, {k: row[k] for k in ("unit", "higher_is_better")})
+        if row["model"] in ("before", "after") or row["model"].startswith(SCALED):
+            entry[row["model"]] = row["value"]
+    plan = list(state["plan"].values())[-1]
+    return {
+        "results": results,
+        "tokens": sum(t["tokens"] for t in state["train"].values()),
+        "seconds": round(state["seconds"], 1),
+        "train_seconds": round(sum(t["seconds"] for t in state["train"].values()), 1),
+        "trainable_fraction": plan["trainable_fraction"],
+        "proof_ok": json.loads((path / "proof.json").read_text(encoding="utf-8"))["ok"],
+    }
+
+
+def scaled_back(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """share -> the results with the scaled model's values as ``after``, for every share that was measured."""
+    shares = sorted({label for entry in results.values() for label in entry if label.startswith(SCALED)})
+    return {
+        label.removeprefix(SCALED): {
+            key: {**entry, "after": entry[label]}
+            for key, entry in results.items()
+            if label in entry and "before" in entry
+        }
+        for label in shares
+    }
+
+
+def select(results: Mapping[str, Mapping[str, Any]], key: str) -> tuple[str, Mapping[str, Any]]:
+    """The one result that ``role/metric`` or ``role/metric/task`` names.
+
+    Raises:
+        AddlangError: none or several.
+    """
+    found = [name for name in results if name == key or name.startswith(key + "/")]
+    found = [name for name in found if {"before", "after"} <= set(results[name])]
+    if len(found) == 1:
+        return found[0], results[found[0]]
+    listed = ", ".join(sorted(found or results))
+    what = "names several results" if found else "is not measured in these runs"
+    raise AddlangError(f"'{key}' {what}", f"choose one of {listed}")
+
+
+def change(results: Mapping[str, Mapping[str, Any]], keys: Sequence[str]) -> float:
+    """After minus before, signed so that higher is better; of several keys the mean relative change."""
+    entries = [select(results, key)[1] for key in keys]
+    signed = [(e["after"] - e["before"]) * (1 if e["higher_is_better"] else -1) for e in entries]
+    if len(entries) == 1:
+        return float(signed[0])
+    if zero := [key for key, e in zip(keys, entries, strict=True) if not e["before"]]:
+        raise AddlangError(f"'{zero[0]}' is 0 before training, so it has no relative change", "leave it out of 'kept'")
+    return float(sum(s / e["before"] for s, e in zip(signed, entries, strict=True)) / len(entries))
+
+
+def front(points: Sequence[Point]) -> list[Point]:
+    """The points that no other beats in both."""
+    return [points[i] for i in pareto_front(points)]
+
+
+def interval(values: Sequence[float]) -> list[float | None]:
+    """Mean and 95 % t interval over seeds."""
+    i: Interval = t_interval(values)
+    return [i.mean, i.low, i.high]
+
+
+def at_equal_gain(curves: Mapping[str, Mapping[int, Sequence[Point]]], reference: str) -> list[dict[str, Any]]:
+    """Every arm against the reference at the highest gain that both reach with every seed.
+
+    Each is read off linearly on the front of its own learning rates, seed by seed; the p value is that of a paired t test
+    over seeds, Holm's correction over all arms.
+
+    Args:
+        curves: arm -> seed -> one (gained, kept) point per learning rate.
+    """
+    fronts = {arm: {seed: front(points) for seed, points in by.items()} for arm, by in curves.items()}
+    base = fronts[reference]
+    rows: list[dict[str, Any]] = []
+    for arm, by in fronts.items():
+        seeds = sorted(set(by) & set(base))
+        if arm == reference or not seeds:
+            continue
+        gain = min(max(g for g, _ in side[seed]) for side in (by, base) for seed in seeds)
+        own, other = ([_read(side[seed], gain) for seed in seeds] for side in (by, base))
+        row: dict[str, Any] = {"arm": arm, "gained": gain, "seeds": len(seeds)}
+        rows.append(row)
+        if None in own or None in other:
+            who = arm if None in own else reference
+            row["note"] = f"no statement: {who} gains more than this at every learning rate"
+            continue
+        mine, theirs = ([v for v in side if v is not None] for side in (own, other))
+        row |= {"kept": interval(mine), "reference_kept": interval(theirs)}
+        differences = [a - b for a, b in zip(mine, theirs, strict=True)]
+        row["difference"] = interval(differences)
+        if len(seeds) > 1:
+            row["p"] = paired_t(mine, theirs).p_value
+    for row, p in zip(rows, holm([row.get("p") for row in rows]), strict=True):
+        if p is not None:
+            row["p_holm"] = p
+    return rows
+
+
+def _read(points: Sequence[Point], gain: float) -> float | None:
+    return interpolate_at([g for g, _ in points], [k for _, k in points], gain)

@@ -1,0 +1,147 @@
+"""EWC: F and its gradient worked out by hand, alike in masked and split, resume exact."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import calibration, make_model
+
+from addlang.data.calibration import CalibrationSet
+from addlang.errors import AddlangError
+from addlang.freeze.proof import bits
+from addlang.guards import make_guard
+from addlang.guards.ewc import fisher, spread
+from addlang.recipe import Phase
+from addlang.strategies import PlanInputs, make_strategy
+from addlang.train.loop import Schedule, train
+
+
+class Killed(BaseException):
+    pass
+
+
+class Data:
+    def __init__(self, kill_at: int | None = None) -> None:
+        self.kill_at = kill_at
+
+    def batch(self, first: int, count: int) -> dict[str, np.ndarray[Any, Any]]:
+        if self.kill_at == first // count:
+            raise Killed
+        ids = np.stack([np.random.default_rng(k).integers(6, 260, 16) for k in range(first, first + count)])
+        return {"input_ids": ids, "labels": ids, "position_ids": np.broadcast_to(np.arange(16), ids.shape).copy()}
+
+    def describe_rows(self, first: int, count: int) -> list[dict[str, Any]]:
+        return []
+
+
+def conversations() -> CalibrationSet:
+    draw = np.random.default_rng(7)
+    ids = tuple(tuple(int(t) for t in draw.integers(6, 260, n)) for n in (16, 12, 9, 5))
+    return CalibrationSet(ids, 2, 0, "drawn", "f")
+
+
+def context() -> Any:
+    return SimpleNamespace(
+        calibration=conversations,
+        device=torch.device("cpu"),
+        autocast=contextlib.nullcontext,
+        progress=lambda *_: None,
+    )
+
+
+def attach(strategy: str, execution: str = "auto", kind: str = "llama") -> Any:
+    model = make_model(kind)
+    s = make_strategy(strategy, {})
+    return s.attach(model, s.plan(model, PlanInputs(calibration=lambda: calibration())), execution)
+
+
+def carry_out(
+    directory: Path, strategy: str, execution: str = "auto", kill_at: int | None = None, weight: float = 1e3
+) -> dict[str, torch.Tensor]:
+    directory.mkdir(exist_ok=True)
+    phase = Phase(
+        datasets=({"path": "x"},), strategy="ssu", sequence_length=16, learning_rate=1e-2, save_steps=2, warmup_steps=1
+    )
+    attached = attach(strategy, execution)
+    guard = make_guard("ewc", {"weight": weight, "sequences": 2}).start(context())
+    device, schedule = torch.device("cpu"), Schedule(6, 2, 2)
+    train(attached, Data(kill_at), phase, directory, device=device, schedule=schedule, seed=0, guards=[guard])
+    return {n: t.clone() for n, t in attached.export()}
+
+
+def test_fisher_is_the_mean_squared_gradient_per_conversation_and_leaves_the_weights_alone() -> None:
+    attached = attach("full")
+    before = {n: p.detach().clone() for n, p in attached.named_trainable()}
+    given = conversations()
+    found = fisher(attached, given, [0, 2], context())
+    want = {n: torch.zeros_like(p) for n, p in before.items()}
+    model = make_model("llama")
+    for index in (0, 2):
+        model.zero_grad()
+        ids = torch.tensor([given.ids[index]])
+        model(input_ids=ids, labels=ids).loss.backward()
+        for n, p in model.named_parameters():
+            if p.grad is not None:
+                want[n] += p.grad.square() / 2
+    for n, p in attached.named_trainable():
+        assert torch.allclose(found[n], want[n], rtol=1e-4, atol=1e-12), n
+        assert p.grad is None
+        assert torch.equal(p, before[n])
+
+
+def test_the_gradient_is_lambda_times_fisher_times_the_distance_worked_by_hand() -> None:
+    p = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    attached: Any = SimpleNamespace(named_trainable=lambda: [("w", p)])
+    guard: Any = make_guard("ewc", {"weight": 0.5}).start(context())
+    guard.source, guard.fisher = {"w": p.detach().clone()}, {"w": torch.tensor([4.0, 0.0])}
+    with torch.no_grad():
+        p.add_(torch.tensor([2.0, -1.0]))
+    assert guard.backward(attached, 1) == pytest.approx(0.5 * 0.5 * 4 * 4)
+    assert p.grad is not None
+    assert p.grad.tolist() == [4.0, 0.0]
+
+
+def test_masked_and_split_give_the_same_result(tmp_path: Path) -> None:
+    masked, split = (carry_out(tmp_path / e, "ssu", e) for e in ("masked", "split"))
+    for name, tensor in masked.items():
+        assert torch.allclose(tensor, split[name], atol=2e-4), name
+
+
+@pytest.mark.parametrize("strategy", ["ssu", "gmt", "lisa"])
+def test_resumed_equals_uninterrupted(strategy: str, tmp_path: Path) -> None:
+    want = carry_out(tmp_path / "whole", strategy)
+    with pytest.raises(Killed):
+        carry_out(tmp_path / "killed", strategy, kill_at=4)
+    got = carry_out(tmp_path / "killed", strategy)
+    assert all(torch.equal(bits(want[n]), bits(got[n])) for n in want)
+
+
+def test_what_the_source_needs_most_moves_least(tmp_path: Path) -> None:
+    before = {n: p.detach() for n, p in make_model("llama").named_parameters()}
+    f = fisher(attach("full"), conversations(), [0, 1], context())
+
+    def moved(weight: float) -> float:
+        after = carry_out(tmp_path / str(weight), "full", weight=weight)
+        return sum(float((f[n] * (after[n] - before[n]).square()).sum()) for n in after)
+
+    assert moved(1e7) < 0.5 * moved(1e-6)
+
+
+def test_an_all_zero_fisher_is_an_error() -> None:
+    attached: Any = SimpleNamespace(
+        named_trainable=lambda: [("w", torch.nn.Parameter(torch.zeros(2)))], model=make_model("llama")
+    )
+    guard = make_guard("ewc", {"sequences": 1}).start(context())
+    with pytest.raises(AddlangError, match="would do nothing"):
+        guard.begin(attached)
+
+
+def test_chosen_conversations_are_spread_over_all_lengths() -> None:
+    assert spread(10, 4) == [0, 2, 5, 7]
+    assert spread(3, 5) == [0, 1, 2]
