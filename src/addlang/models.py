@@ -359,17 +359,6 @@ class Checkpoint:
         )
 
 
-def _read_header(path: Path) -> dict[str, Any]:
-    try:
-        with open(path, "rb") as f:
-            size = int.from_bytes(f.read(8), "little")
-            raw = f.read(size)
-            header: dict[str, Any] = json.loads(raw)
-    except FileNotFoundError:
-        raise AddlangError(f"weight file {path} is missing", "copy the model again") from None
-    except (ValueError, MemoryError, OverflowError) as error:
-        raise AddlangError(f"weight file {path} is torn or no safetensors file", "copy the model again") from error
-    end = max((e["data_offsets"][1] for n, e in header.items() if n != "__metadata__"), default=0)
 def scale_back(model: Any, share: float, source: Path) -> str:
     """Move every parameter to ``w0 + share (w - w0)``, in fp32, with ``w0`` from a checkpoint; returns its hash.
 
@@ -389,6 +378,17 @@ def scale_back(model: Any, share: float, source: Path) -> str:
     return stored.hash
 
 
+def _read_header(path: Path) -> dict[str, Any]:
+    try:
+        with open(path, "rb") as f:
+            size = int.from_bytes(f.read(8), "little")
+            raw = f.read(size)
+            header: dict[str, Any] = json.loads(raw)
+    except FileNotFoundError:
+        raise AddlangError(f"weight file {path} is missing", "copy the model again") from None
+    except (ValueError, MemoryError, OverflowError) as error:
+        raise AddlangError(f"weight file {path} is torn or no safetensors file", "copy the model again") from error
+    end = max((e["data_offsets"][1] for n, e in header.items() if n != "__metadata__"), default=0)
     if path.stat().st_size != 8 + size + end:
         raise AddlangError(
             f"weight file {path} is torn: {path.stat().st_size} bytes, its header says {8 + size + end}",

@@ -331,8 +331,8 @@ def evaluate(
     data: list[PhaseData],
     device: torch.device,
     base_dir: Path | None,
-) -> None:
     back: tuple[float, Path] | None = None,
+) -> None:
     """Measure one checkpoint, as it lies on disk, and write its rows and items.
 
     Args:
@@ -360,10 +360,10 @@ def evaluate(
     )
     stored = Checkpoint(directory)
     model = load_model(directory, dtype=torch.float32 if device.type == "cpu" else None, device=device)
-    with progress(f"evaluating {label}", unit="tasks") as bar:
     weights = stored.hash
     if back is not None:
         weights += f" scaled {back[0]} back to {scale_back(model, *back)}"
+    with progress(f"evaluating {label}", unit="tasks") as bar:
         result = cached_evaluate(model, weights, suite, cache_root() / "evaluations", progress=bar.update)
     save_measurements(run, label, result.measurements)
     run.finish(f"evaluate:{label}", not_run=[{"task": t, "reason": r} for t, r in result.not_run])

@@ -286,11 +286,11 @@ class Evaluation(Strict):
     batch_size: int = Field(16, gt=0)
     sequence_length: int | None = Field(None, gt=1, description="window for bits per byte; default: the phase's")
     resamples: int = Field(2000, ge=100, description="bootstrap resamples for intervals")
+    scale_back: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], BeforeValidator(parse_list)] = Field(
+        (), description="also measure the source model plus these shares of the whole update: w0 + a (w - w0)"
+    )
 
 
 def beside(path: str, base_dir: Path | None) -> Path:
     """A path of the recipe, relative to the recipe's directory."""
     return (base_dir or Path()) / Path(path).expanduser()
-    scale_back: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], BeforeValidator(parse_list)] = Field(
-        (), description="also measure the source model plus these shares of the whole update: w0 + a (w - w0)"
-    )

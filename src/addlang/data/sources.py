@@ -25,8 +25,8 @@ from addlang.recipe import DatasetSpec
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _TRUE = {"1", "true", "yes", "on"}
-
 LAB = "lab://"
+
 
 @dataclass(frozen=True)
 class Row:
@@ -178,14 +178,14 @@ def _row(
 
 def _local_files(given: str, base_dir: Path | None) -> list[Path] | None:
     """The files of a local path, or None if the path names a data set of the hub."""
-    path = Path(given).expanduser()
-    path = path if path.is_absolute() or base_dir is None else base_dir / path
-    try:
     if given.startswith(LAB):
         from addlang.data.prepare import cache_root
         from addlang.lab.uri import dataset_file
 
         return [dataset_file(given, cache_root())]
+    path = Path(given).expanduser()
+    path = path if path.is_absolute() or base_dir is None else base_dir / path
+    try:
         if path.is_dir():
             files = sorted(p for p in path.rglob("*") if p.is_file() and kind_of(p) and not p.name.startswith("."))
             if not files:
