@@ -23,7 +23,15 @@ if TYPE_CHECKING:
 CONFIG_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 
 
-def export(source: Checkpoint, attached: Attached, plan: FreezePlan, out: Path, *, world: World = ALONE) -> None:
+def export(
+    source: Checkpoint,
+    attached: Attached,
+    plan: FreezePlan,
+    out: Path,
+    *,
+    world: World = ALONE,
+    chat_template: Path | None = None,
+) -> None:
     """Write the adapted checkpoint into ``out``: same files, names, shapes and types as the source.
 
     Streams one weight file at a time. Trained tensors are cast to the source's type; of a partly frozen tensor the
@@ -31,6 +39,7 @@ def export(source: Checkpoint, attached: Attached, plan: FreezePlan, out: Path, 
 
     Args:
         world: all processes gather the trained tensors, one at a time; the first one writes.
+        chat_template: file of the template that was trained with in place of the source's; becomes the checkpoint's own.
 
     Raises:
         AddlangError: a trained tensor is NaN or infinite, or has no counterpart in the source.
@@ -40,6 +49,8 @@ def export(source: Checkpoint, attached: Attached, plan: FreezePlan, out: Path, 
         if world.leads:
             trained[name] = tensor.detach().to("cpu")
     world.first(lambda: write_checkpoint(source, trained, plan, out))
+    if chat_template is not None and world.leads:
+        write_text(out / "chat_template.jinja", chat_template.read_text(encoding="utf-8"))
 
 
 def write_checkpoint(source: Checkpoint, trained: Mapping[str, Tensor], plan: FreezePlan, out: Path) -> None:

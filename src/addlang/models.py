@@ -10,12 +10,14 @@ import functools
 import hashlib
 import json
 import os
+import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from addlang.errors import AddlangError, did_you_mean
+from addlang.errors import AddlangError, AddlangWarning, did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +89,8 @@ def load_tokenizer(directory: Path, chat_template: Path | None = None) -> Any:
     """The fast tokenizer of a model directory, with a pad token.
 
     Args:
-        chat_template: path of a Jinja file that replaces the tokenizer's own template.
+        chat_template: path of a Jinja file that replaces the tokenizer's own template; a warning names control tokens
+            in it that the vocabulary does not have.
     """
     from transformers import AutoTokenizer
 
@@ -113,6 +116,14 @@ def load_tokenizer(directory: Path, chat_template: Path | None = None) -> Any:
             tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise AddlangError(f"chat template '{chat_template}' cannot be read: {error}") from error
+        vocabulary = tokenizer.get_vocab()
+        if missing := sorted(set(re.findall(r"<\|\w+\|>", tokenizer.chat_template)) - set(vocabulary)):
+            warnings.warn(
+                f"chat template '{chat_template.stem}' writes {', '.join(missing)}, which the model reads as several tokens: "
+                "they are none of its own",
+                AddlangWarning,
+                stacklevel=2,
+            )
     return tokenizer
 
 

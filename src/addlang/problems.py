@@ -34,6 +34,7 @@ def conflicts(data: Mapping[str, Any], flat: bool) -> Iterator[str]:
 
 def missing_files(data: Mapping[str, Any], flat: bool, base_dir: Path | None) -> Iterator[str]:
     """Local files that the recipe names and that do not exist."""
+    from addlang.data.builtin_sets import CHAT_TEMPLATES, builtin_template
     from addlang.data.sources import read_rows
     from addlang.evaluate.lm_eval import file_of
 
@@ -53,8 +54,9 @@ def missing_files(data: Mapping[str, Any], flat: bool, base_dir: Path | None) ->
         if isinstance(task, str):
             yield from problem(f"evaluation.tasks.{i}", lambda task=task: file_of(task, base_dir))
     template = data.get("chat_template")
-    if isinstance(template, str) and not beside(template, base_dir).is_file():
-        yield f"chat_template: {beside(template, base_dir)}: the file does not exist (check the path)"
+    if isinstance(template, str) and not builtin_template(template) and not beside(template, base_dir).is_file():
+        known = ", ".join(CHAT_TEMPLATES)
+        yield f"chat_template: {beside(template, base_dir)}: the file does not exist (built in are {known})"
 
 
 def _named_paths(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

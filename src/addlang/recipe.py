@@ -52,8 +52,16 @@ class Recipe(Strict):
     source_language: str = "en"
     seed: int = Field(0, ge=0)
     phases: tuple[Phase, ...] = Field(min_length=1)
+    arrangement: Literal["phases", "mixture", "reverse"] = Field(
+        "phases", description="mixture: the data of all phases in one, with as many steps; reverse: in the other order"
+    )
     evaluation: Evaluation = Evaluation()
-    chat_template: str | None = Field(None, description="Jinja file, for a model that has no chat template")
+    chat_template: str | None = Field(
+        None,
+        description="for a model that has none: alpaca, chatml, llama3, mistral, or a Jinja file; written into the result",
+    )
+    allow_contamination: bool = Field(False, description="train although rows contain items of the evaluation's tasks")
+    drop_contaminated: bool = Field(False, description="leave out rows that contain items of the evaluation's tasks")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     deterministic: bool = Field(True, description="deterministic kernels, so that a resumed run is bit-identical")
     trust_remote_code: Literal[False] = Field(False, description="remote code is never run")
@@ -66,6 +74,8 @@ class Recipe(Strict):
             raise ValueError(f"phase names must differ; '{twice[0]}' stands twice")
         if taken := sorted(RESERVED & set(names)):
             raise ValueError(f"a phase cannot be named '{taken[0]}': results use that name")
+        if self.allow_contamination and self.drop_contaminated:
+            raise ValueError("allow_contamination keeps the rows that drop_contaminated leaves out; choose one")
         return self
 
     def resolved(self) -> dict[str, Any]:
@@ -77,8 +87,12 @@ class Recipe(Strict):
         return data
 
     def template_path(self, base_dir: Path | None) -> Path | None:
-        """The chat template's file."""
-        return None if self.chat_template is None else beside(self.chat_template, base_dir)
+        """The chat template's file: a built-in one, or the recipe's own."""
+        from addlang.data.builtin_sets import builtin_template
+
+        if self.chat_template is None:
+            return None
+        return builtin_template(self.chat_template) or beside(self.chat_template, base_dir)
 
     @property
     def fingerprint(self) -> str:
@@ -148,14 +162,20 @@ class Recipe(Strict):
             base_dir: directory against which relative paths are resolved; None: the working directory.
             problems: found already; reported with those found here.
         """
+        from addlang.arrangement import arrange
         from addlang.problems import conflicts, explain, missing_files
 
-        data = dict(data)
+        data, obstacles = arrange(data)
         flat = "phases" not in data
         if flat:
             phase = {k: data.pop(k) for k in list(data) if k in Phase.model_fields and k not in cls.model_fields}
             data["phases"] = [phase]
-        problems = [*problems, *conflicts(data, flat), *(missing_files(data, flat, base_dir) if files else ())]
+        problems = [
+            *problems,
+            *obstacles,
+            *conflicts(data, flat),
+            *(missing_files(data, flat, base_dir) if files else ()),
+        ]
         try:
             recipe = cls.model_validate(data)
         except ValidationError as error:

@@ -45,7 +45,8 @@ ALIASES = {
     "embedding_lr": "embedding_learning_rate",
     "gradient_checkpointing": "activation_checkpointing",
     "max_steps": "tokens",
-    "num_train_epochs": "tokens",
+    "num_train_epochs": "epochs",
+    "num_epochs": "epochs",
     "bf16": "precision",
     "fp16": "precision",
     "overwrite_output_dir": "--overwrite",
@@ -98,14 +99,16 @@ class DatasetSpec(Strict):
     name: str | None = Field(None, description="hub configuration name")
     split: str = Field("train", description="hub split")
     revision: str | None = Field(None, description="hub revision")
-    format: Literal["auto", "text", "messages", "prompt_completion", "alpaca", "sharegpt"] = "auto"
+    format: Literal["auto", "text", "messages", "prompt_completion", "alpaca", "sharegpt", "openorca"] = "auto"
     text_column: str = Field("text", description="column that holds raw text")
     weight: float | None = Field(None, gt=0, description="share of the training tokens; None: in proportion to size")
     role: Literal["target", "source", "replay"] = "target"
     language: str | None = Field(
         None, description="ISO 639 code; default: the recipe's language, or en for source data"
     )
-    license: str | None = Field(None, description="licence, quoted in the model card")
+    license: str | None = Field(
+        None, description="licence, quoted in the model card; a warning if it forbids commercial use"
+    )
     limit: Count | None = Field(None, gt=0, description="read at most this many rows")
 
 
@@ -124,6 +127,9 @@ class TrainSettings(Strict):
 
     tokens: Count | None = Field(
         None, gt=0, description="training budget; None: one pass over the target data, at most the paper's 200M"
+    )
+    epochs: float | None = Field(
+        None, gt=0, description="the budget as passes over the phase's data, in place of tokens; whole batches"
     )
     sequence_length: int = Field(512, gt=1, description="tokens per sequence")
     batch_size: int | None = Field(
@@ -181,6 +187,8 @@ class TrainSettings(Strict):
 
     @model_validator(mode="after")
     def _settings_fit_together(self) -> TrainSettings:
+        if self.tokens is not None and self.epochs is not None:
+            raise ValueError("tokens and epochs both state the budget; leave one out")
         if self.optimizer == "adamw_bf16_sr" and self.master_weights != "model":
             raise ValueError("optimizer adamw_bf16_sr rounds bf16 weights, so it needs master_weights: model")
         if (
@@ -225,11 +233,89 @@ def _guards(value: Any) -> Any:
     return tuple(out)
 
 
+class Condition(Strict):
+    """What must hold of a measurement so that a phase is run (two-phase paper, appendix D.2)."""
+
+    metric: str = Field(
+        pattern=r"^(source|target|safety)/[^/]+(/.+)?$",
+        description="role/metric, or role/metric/task if there are several, as in source/exact_match/lab",
+    )
+    at_least: float | None = Field(None, description="the smallest value with which the phase is run")
+    at_most: float | None = Field(None, description="the largest")
+    relative_to: str | None = Field(
+        None, description="'before' or an earlier phase: the bounds are multiples of the value of that model"
+    )
+
+    @model_validator(mode="after")
+    def _has_a_bound(self) -> Condition:
+        if self.at_least is None and self.at_most is None:
+            raise ValueError("give at_least or at_most")
+        return self
+
+
+def _conditions(value: Any) -> Any:
+    return [value] if isinstance(value, Mapping) else value
+
+
+class Replay(Strict):
+    """Source-language conversations that are trained on beside a phase's data (two-phase paper, section 5.1)."""
+
+    kind: Literal["english", "generative"] = Field(
+        description="english: a sample of the datasets with their own responses (ER); generative: the model that the phase "
+        "starts from answers their prompts (GR)"
+    )
+    datasets: tuple[DatasetSpec, ...] = Field(
+        min_length=1, description="conversations; of generative replay the prompts, for which raw text does too"
+    )
+    share: float = Field(
+        0.1, gt=0, lt=1, description="tokens, as a share of those of the phase's data (paper: 0.05, 0.1)"
+    )
+    mode: Literal["append", "replace"] = Field(
+        "append", description="append: the phase grows by the share; replace: its budget stays and its data give way"
+    )
+    seed: int = Field(0, ge=0, description="which rows; not the run's seed, so that seeds share the model's answers")
+    max_new_tokens: int = Field(256, gt=0, description="of an answer; one that is not finished by then is dropped")
+    temperature: float = Field(0.0, ge=0, description="of answers; 0: greedy")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus of sampling")
+    batch_size: int = Field(16, gt=0, description="prompts answered at a time")
+    language_filter: bool = Field(True, description="drop answers that are not in the recipe's source language")
+
+
+class Part(Strict):
+    """One of the phases that a mixture stands for; written by ``arrangement: mixture``."""
+
+    name: str
+    datasets: int = Field(gt=0, description="how many of the mixture's datasets are its own, in order")
+    tokens: Count | None = Field(None, gt=0, description="its budget")
+    epochs: float | None = Field(None, gt=0, description="its budget in passes over its data")
+
+
 class Phase(TrainSettings):
     """Data, what may be updated, and how it is trained."""
 
     name: str = Field("adapt", pattern=r"^[A-Za-z0-9_-]+$")
     datasets: tuple[DatasetSpec, ...] = Field(min_length=1)
+    sampling_temperature: float = Field(
+        1.0,
+        ge=1,
+        description="data sets without a weight get shares in proportion to tokens ** (1 / temperature); 1: to size",
+    )
+    language_weights: Mapping[str, Annotated[float, Field(gt=0)]] = Field(
+        {},
+        description="share of the training tokens per language; weights of data sets then hold within their language",
+    )
+    sample_languages: bool = Field(
+        False, description="the temperature is over languages, not data sets (implied by language_weights)"
+    )
+    deduplicate: Literal["none", "exact", "near"] = Field(
+        "exact", description="rows left out: copies of an earlier row of the phase, or also what is nearly a copy"
+    )
+    near_duplicate_threshold: float = Field(
+        0.8, gt=0, le=1, description="estimated share of common character windows that makes two rows nearly copies"
+    )
+    long_conversations: Literal["drop", "truncate"] = Field(
+        "drop", description="what happens to conversations longer than sequence_length; counted in the data card"
+    )
     strategy: Annotated[SerializeAsAny[Any], BeforeValidator(_strategy)] = Field(
         description="name, or mapping with name and options"
     )
@@ -238,14 +324,51 @@ class Phase(TrainSettings):
     )
     execution: Literal["auto", "masked", "split", "split_assemble", "split_resident"] = "auto"
     calibration: Calibration = Calibration()
+    start: Literal["previous", "source"] = Field("previous", description="weights this phase starts from")
+    continue_if: Annotated[tuple[Condition, ...], BeforeValidator(_conditions)] = Field(
+        (),
+        description="a condition, or several that must all hold, on the model as it is before this phase; otherwise the "
+        "run ends with that model as its result",
+    )
+    no_previous_data: bool = Field(
+        False, description="no row of an earlier phase's data may be in this one's: checked row by row before training"
+    )
+    no_previous_weights: bool = Field(
+        False, description="nothing may hold training to the weights or outputs that the phase starts from"
+    )
+    replay: Replay | None = Field(None, description="source-language conversations to train on beside the datasets")
+    parts: tuple[Part, ...] = Field(
+        (), description="of a mixture: the phases it stands for; it has as many steps as they have together"
+    )
+
+    @model_validator(mode="after")
+    def _keeps_its_promises(self) -> Phase:
+        if self.no_previous_weights:
+            holding = [p.name for p in (self.strategy, *self.all_guards) if p.needs_start]
+            if holding:
+                raise ValueError(
+                    f"no_previous_weights: '{holding[0]}' holds training to what the phase starts from; leave it out"
+                )
+        if self.parts and self.replay is not None:
+            raise ValueError("a mixture has the data of all phases; it takes no replay")
+        if self.parts and sum(part.datasets for part in self.parts) != len(self.datasets):
+            raise ValueError(
+                f"the parts have {sum(p.datasets for p in self.parts)} datasets, the phase {len(self.datasets)}"
+            )
+        return self
+
+    @property
+    def total_tokens(self) -> int | None:
+        """What the recipe says that is trained on, replay included; None: it depends on the data."""
+        if self.tokens is None or self.replay is None or self.replay.mode == "replace":
+            return self.tokens
+        return round(self.tokens * (1 + self.replay.share))
 
     @property
     def all_guards(self) -> tuple[Any, ...]:
         """The phase's guards and those that its strategy brings along."""
         own = {g.name for g in self.guards}
         return (*self.guards, *(g for g in self.strategy.guards() if g.name not in own))
-
-    start: Literal["previous", "source"] = Field("previous", description="weights this phase starts from")
 
 
 class RepliesEvaluation(Strict):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from addlang.data.builtin_sets import CHAT_TEMPLATES, builtin_template
 from addlang.data.chat import encode_conversation, to_messages
-from addlang.errors import AddlangError
+from addlang.errors import AddlangError, AddlangWarning
+from addlang.models import load_tokenizer
 
 TALK = [
     {"role": "system", "content": "Be brief."},
@@ -130,3 +134,28 @@ def test_template_that_hides_the_answer_is_refused(tokenizer: Any) -> None:
 def test_unknown_format_suggests_one() -> None:
     with pytest.raises(AddlangError, match="Did you mean 'alpaca'"):
         to_messages({}, "alpacca")
+
+
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
+def test_built_in_templates_put_the_loss_on_answers_and_their_ends(tokenizer: Any, name: str) -> None:
+    path = builtin_template(name)
+    assert path is not None
+    tokenizer.chat_template = path.read_text(encoding="utf-8")
+    ids, loss = encode_conversation(TALK, tokenizer, loss_on="responses")
+    end = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>"}.get(name, "<|eos|>")
+    first, second = (text.strip() for text in learnt(ids, loss, tokenizer))
+    assert first == f"four five{end}"
+    assert second.startswith(f"Ụlọ akwụkwọ{end}")
+    prompt = tokenizer.apply_chat_template(TALK[:2], tokenize=False, add_generation_prompt=True)
+    assert tokenizer.decode(ids).startswith(prompt), "generation begins where training did"
+    assert "Be brief." in prompt
+
+
+def test_a_template_of_another_models_control_tokens_is_warned_of(tokenizer: Any, tmp_path: Path) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.warns(AddlangWarning, match=r"<\|eot_id\|>.*none of its own"):
+        load_tokenizer(tmp_path, builtin_template("llama3"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", AddlangWarning)
+        load_tokenizer(tmp_path, builtin_template("chatml"))

@@ -40,11 +40,17 @@ def talk(*contents: str, line: int = 1) -> Row:
     return Row(None, messages, "chat.jsonl", line)
 
 
-def pack_chat(rows: list[Row], tokenizer: Any, length: int, loss_on: Any = "responses") -> Packed:
+def pack_chat(rows: list[Row], tokenizer: Any, length: int, loss_on: Any = "responses", long: Any = "drop") -> Packed:
     parts = [[r.content for r in rows]]
     with tempfile.TemporaryDirectory() as directory:
         return pack_conversations(
-            rows, tokenizer, sequence_length=length, loss_on=loss_on, cache_dir=directory, fingerprint_parts=parts
+            rows,
+            tokenizer,
+            sequence_length=length,
+            loss_on=loss_on,
+            long=long,
+            cache_dir=directory,
+            fingerprint_parts=parts,
         )
 
 
@@ -215,6 +221,20 @@ def test_long_conversations_are_dropped_and_counted(tokenizer: Any) -> None:
     with pytest.warns(AddlangWarning, match="1 of 2 conversations dropped: longer than 32 tokens"):
         packed = pack_chat(rows, tokenizer, 32)
     assert (packed.meta["dropped"], packed.meta["documents"], packed.meta["rows"]) == (1, 1, 2)
+
+
+def test_long_conversations_are_cut_to_one_sequence_if_asked_for(tokenizer: Any) -> None:
+    rows = [talk("one", "two " * 100), talk("three " * 100, "four", line=2), talk("one", "two", line=3)]
+    whole, _ = encode_conversation(rows[0].messages or [], tokenizer, loss_on="responses")
+    with pytest.warns(AddlangWarning) as caught:
+        packed = pack_chat(rows, tokenizer, 32, long="truncate")
+    messages = [str(w.message) for w in caught]
+    assert "1 of 3 conversations cut to 32 tokens" in messages
+    assert "1 of 3 conversations dropped: longer than 32 tokens" in messages, "nothing of its answer is left"
+    assert (packed.meta["truncated"], packed.meta["dropped"], packed.meta["documents"]) == (1, 1, 2)
+    cut = packed.batch([0], 32, pad_id=tokenizer.pad_token_id)
+    assert cut["input_ids"][0].tolist() == whole[:32]
+    assert (cut["labels"][0] >= 0).any()
 
 
 def test_only_long_conversations_is_an_error(tokenizer: Any) -> None:

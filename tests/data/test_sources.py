@@ -40,6 +40,8 @@ def fails(path: Path | str, *parts: str, **options: Any) -> None:
         {"prompt": TURNS[:1], "completion": TURNS[1:]},
         {"instruction": "Hi", "input": "", "output": "Hello", "text": "### Instruction: Hi ### Response: Hello"},
         {"instruction": "Hi", "input": None, "output": "Hello"},
+        {"id": "flan.1", "system_prompt": "", "question": "Hi", "response": "Hello"},
+        {"question": "Hi", "response": "Hello"},
     ],
 )
 def test_every_chat_format_is_detected(write_jsonl: Write, row: dict[str, Any]) -> None:
@@ -54,6 +56,15 @@ def test_alpaca_input_follows_the_instruction_after_a_blank_line(write_jsonl: Wr
         {"role": "user", "content": "Sum up.\n\nA text."},
         {"role": "assistant", "content": "Short."},
     ]
+
+
+def test_the_system_prompt_of_openorca_is_the_first_message(write_jsonl: Write) -> None:
+    (row,) = read(write_jsonl({"system_prompt": "Be brief.", "question": "Hi", "response": "Hello"}))
+    assert row.messages == [{"role": "system", "content": "Be brief."}, *TURNS]
+
+
+def test_openorca_without_its_columns_names_them(write_jsonl: Write) -> None:
+    fails(write_jsonl({"question": "Hi", "answer": "Hello"}), "row 1", "no column 'response'", format="openorca")
 
 
 def test_sharegpt_system_turns_are_kept(write_jsonl: Write) -> None:

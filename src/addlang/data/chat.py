@@ -37,8 +37,9 @@ def to_messages(row: Mapping[str, Any], format: str) -> list[Message]:
 
     Args:
         row: the columns of one row.
-        format: ``messages``, ``sharegpt``, ``prompt_completion`` or ``alpaca``. For alpaca the user's turn is the
-            instruction, followed by a blank line and the input if there is one.
+        format: ``messages``, ``sharegpt``, ``prompt_completion``, ``alpaca`` or ``openorca``. For alpaca the user's turn
+            is the instruction, followed by a blank line and the input if there is one; openorca has the columns
+            ``question``, ``response`` and, perhaps, ``system_prompt``.
 
     Raises:
         AddlangError: a missing column, an unknown role, or content that is no text (the caller adds file and row).
@@ -57,10 +58,18 @@ def to_messages(row: Mapping[str, Any], format: str) -> list[Message]:
             user += "\n\n" + _text(row["input"], "column 'input'")
         answer = _text(_column(row, "output"), "column 'output'")
         system = _text(row["system"], "column 'system'") if row.get("system") else ""
-        turns = [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
-        return [{"role": "system", "content": system}, *turns] if system else turns
-    known = ["messages", "sharegpt", "prompt_completion", "alpaca"]
+        return _conversation(system, user, answer)
+    if format == "openorca":
+        system = _text(row["system_prompt"], "column 'system_prompt'") if row.get("system_prompt") else ""
+        question, answer = (_text(_column(row, name), f"column '{name}'") for name in ("question", "response"))
+        return _conversation(system, question, answer)
+    known = ["messages", "sharegpt", "prompt_completion", "alpaca", "openorca"]
     raise AddlangError(f"'{format}' is no format of conversations", did_you_mean(format, known))
+
+
+def _conversation(system: str, user: str, answer: str) -> list[Message]:
+    turns = [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
+    return [{"role": "system", "content": system}, *turns] if system else turns
 
 
 def _column(row: Mapping[str, Any], name: str) -> Any:
@@ -126,7 +135,8 @@ def require_chat_template(tokenizer: Any) -> str:
     except (ValueError, AttributeError):
         raise AddlangError(
             f"tokenizer '{getattr(tokenizer, 'name_or_path', '')}' has no chat template to encode conversations with",
-            "give in the recipe the one with which the model was instruction-tuned: chat_template: FILE.jinja",
+            "give in the recipe the one with which the model was instruction-tuned (chat_template: FILE.jinja), or for a "
+            "base model a built-in one, such as chat_template: alpaca",
         ) from None
 
 

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from addlang.data.packing import Packed
+from addlang.data.shares import shares
 from addlang.errors import AddlangError, AddlangWarning
 
 MANY_EPOCHS = (
@@ -72,7 +73,7 @@ class Mixture:
         self.names = list(names) if names is not None else [f"dataset {i + 1}" for i in range(len(sources))]
         self.seed = seed
         sizes = np.array([s.tokens_total for s in sources], dtype=np.float64)
-        self.shares = _shares(sizes, weights)
+        self.shares = shares(sizes, weights)
         self._order = lru_cache(maxsize=4 * len(sources))(self._permutation)
         means = sizes / np.array([len(s) for s in sources])
         rates = self.shares / means  # sequences per token of the budget
@@ -96,7 +97,7 @@ class Mixture:
         self.tokens = np.bincount(self._source, lengths, len(sources)).astype(np.int64)
         self.epochs = np.bincount(self._source, minlength=len(sources)) / np.array([len(s) for s in sources])
         for name, epochs in zip(self.names, self.epochs, strict=True):
-            if epochs > MANY_EPOCHS:
+            if epochs >= MANY_EPOCHS + 0.5:  # whole batches may pass a little over what was asked for
                 message = (
                     f"the budget passes {epochs:.1f} times over {name}; beyond {MANY_EPOCHS} times little is gained"
                 )
@@ -170,21 +171,6 @@ class Mixture:
             drawn = [source.lengths(self._permutation(s, e)) for e in range(epochs)]
             out[self._source == s] = np.concatenate([np.empty(0, np.int64), *drawn])[:turns]
         return out
-
-
-def _shares(sizes: NDArray[np.float64], weights: Sequence[float | None]) -> NDArray[np.float64]:
-    open_ = np.array([w is None for w in weights])
-    given = np.array([w or 0.0 for w in weights])
-    if open_.any():
-        left = 1 - given.sum()
-        if left <= 0:
-            raise AddlangError(
-                f"the weights sum to {given.sum():g} and leave nothing for the {open_.sum()} dataset(s) without one",
-                "weights are shares of the training tokens: let them sum to less than 1, or give every dataset one",
-            )
-        given = given + np.where(open_, left * sizes / sizes[open_].sum(), 0)
-    shares: NDArray[np.float64] = given / given.sum()
-    return shares
 
 
 def _schedule(

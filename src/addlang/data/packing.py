@@ -6,7 +6,7 @@ Control tokens that happen to be spelt out in a text are tokenised as ordinary t
 
 Conversations: never split over two sequences; they are placed by best-fit decreasing within a bounded window, so that a
 sequence is nearly full. A conversation longer than a sequence is dropped and counted, since cutting it would teach
-answers without an end.
+answers without an end; or, if asked for, its beginning fills a sequence.
 
 On disk (see :mod:`addlang.data.cache`): ``tokens.npy`` (uint16 or uint32), ``documents.npy`` (start of every document),
 ``sequences.npy`` (offsets, one more than there are sequences) and for conversations ``loss.npy`` (uint8).
@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -30,7 +30,6 @@ from numpy.typing import ArrayLike, NDArray
 from addlang.data.cache import cached, fingerprint, tokenizer_fingerprint
 from addlang.data.chat import LossOn, encode_conversation, require_chat_template
 from addlang.data.fit import best_fit
-from addlang.data.holdout import TrainRows
 from addlang.data.npystream import NpyStream
 from addlang.data.readers import row_error
 from addlang.data.sources import Row
@@ -43,6 +42,7 @@ WINDOW = 4096  # conversations that are fitted into sequences together
 IGNORE = -100
 
 Progress = Callable[[int], None]
+Long = Literal["drop", "truncate"]
 Texts = Iterable[Row] | Iterable[tuple[str, str, int]]
 
 
@@ -216,14 +216,17 @@ def pack_conversations(
     loss_on: LossOn,
     cache_dir: str | os.PathLike[str],
     fingerprint_parts: Sequence[Any],
+    long: Long = "drop",
     progress: Progress | None = None,
 ) -> Packed:
     """Encode conversations and pack them whole, or open them from the cache (then ``rows`` is not read).
 
-    Conversations that are longer than ``sequence_length`` are dropped, and so are those whose messages spell out a
-    control token of the tokenizer, which would end a turn in its middle; both are counted and warned of.
+    Conversations that are longer than ``sequence_length`` are dropped or cut, and those whose messages spell out a control
+    token of the tokenizer, which would end a turn in its middle, are dropped; all are counted and warned of.
 
     Args:
+        long: what happens to a conversation that is too long: ``drop``, or ``truncate``, which keeps its first
+            ``sequence_length`` tokens, unless none of them carries loss.
         loss_on: which tokens carry loss, see :func:`addlang.data.chat.encode_conversation`.
         rows, tokenizer, sequence_length, cache_dir, fingerprint_parts, progress: as for :func:`pack_texts`.
 
@@ -233,7 +236,7 @@ def pack_conversations(
     """
     require_chat_template(tokenizer)
     identity = tokenizer_fingerprint(tokenizer, chat=True)
-    key = fingerprint("chat", VERSION, identity, sequence_length, loss_on, list(fingerprint_parts))
+    key = fingerprint("chat", VERSION, identity, sequence_length, loss_on, long, list(fingerprint_parts))
     directory = Path(cache_dir) / key
     dtype = _dtype(tokenizer)
     control = re.compile("|".join(re.escape(t) for t in tokenizer.all_special_tokens) or r"(?!)")
@@ -253,8 +256,11 @@ def pack_conversations(
             except AddlangError as error:
                 raise row_error(row.file, row.line, error.message, error.fix) from error
             if len(ids) > sequence_length:
-                count["long"] += 1
-                continue
+                if long == "drop" or not any(loss[1:sequence_length]):
+                    count["long"] += 1
+                    continue
+                count["truncated"] += 1
+                ids, loss = ids[:sequence_length], loss[:sequence_length]
             count["bytes"] += len(row.content.encode())
             licences.update([row.license] if row.license else [])
             yield np.asarray(ids, dtype), np.asarray(loss, np.uint8)
@@ -279,6 +285,8 @@ def pack_conversations(
         count["dropped"] = count["long"] + count["control"]
         if count["long"]:
             _warn(f"{count['long']} of {count['rows']} conversations dropped: longer than {sequence_length} tokens")
+        if count["truncated"]:
+            _warn(f"{count['truncated']} of {count['rows']} conversations cut to {sequence_length} tokens")
         if count["control"]:
             _warn(f"{count['control']} of {count['rows']} conversations dropped: they spell out a control token")
         _require(total, count, rows)
@@ -318,9 +326,9 @@ def _meta(
         "bytes": count["bytes"],
         "empty": count["empty"] + skipped,
         "dropped": count["dropped"],
-        "truncated": 0,
+        "truncated": count["truncated"],
         "licences": dict(sorted(licences.items())),
-        "split": rows.counts() if isinstance(rows, TrainRows) else {},
+        "split": rows.counts() if hasattr(rows, "counts") else {},
     }
 
 

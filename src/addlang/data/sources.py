@@ -1,8 +1,9 @@
 """Rows of text or conversations from local files, directories and the Hugging Face hub.
 
 The format of a file is taken from its first row: ``messages``, ``conversations`` (sharegpt), ``prompt`` and
-``completion``, ``instruction`` and ``output`` (alpaca), or the text column. Chat columns win over a text column,
-because data sets such as Alpaca also carry the formatted text; ``format`` in the recipe decides otherwise.
+``completion``, ``instruction`` and ``output`` (alpaca), ``question`` and ``response`` (openorca), or the text column.
+Chat columns win over a text column, because data sets such as Alpaca also carry the formatted text; ``format`` in the
+recipe decides otherwise.
 
 txt: blank lines separate documents; a file without blank lines is one document.
 """
@@ -143,13 +144,15 @@ def detect_format(record: Mapping[str, Any], text_column: str, file: str, line: 
         return "prompt_completion"
     if {"instruction", "output"} <= set(record):
         return "alpaca"
+    if {"question", "response"} <= set(record):
+        return "openorca"
     if text_column in record:
         return "text"
     raise row_error(
         file,
         line,
         f"there is no column '{text_column}', nor those of a conversation (messages, conversations, prompt and "
-        "completion, instruction and output)",
+        "completion, instruction and output, question and response)",
         f"{did_you_mean(text_column, record)}; name the column with text_column",
     )
 
