@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from addlang.data.cache import fingerprint
 from addlang.data.holdout import split_holdout
+from addlang.data.mixing import Mixed, mix
 from addlang.data.mixture import Mixture
 from addlang.data.packing import Packed, pack_conversations, pack_texts
 from addlang.data.sources import read_rows
 from addlang.errors import AddlangError
-from addlang.train.schedule import budget, global_batch
 from addlang.train.shard import launched
 
 if TYPE_CHECKING:
@@ -33,18 +34,28 @@ class PhaseData:
     """Training sequences of one phase; see :class:`addlang.train.loop.TrainingData`.
 
     Attributes:
+        mixed: what is drawn, and the budget that it was drawn for.
         heldout: (id, text) of target documents that are not trained on.
-        card: plain data for the report: sources with rows, tokens, licences, duplicates; the held-out part.
+        card: plain data for the report: sources with rows, tokens, licences, duplicates; the held-out part. ``identity``
+            is a hash of the rest.
     """
 
-    mixture: Mixture
+    mixed: Mixed
     sequence_length: int
     isolate: bool
-    batch_size: int
     tokenizer: Any
     paths: tuple[str, ...]
     heldout: tuple[tuple[str, str], ...]
     card: dict[str, Any]
+
+    @property
+    def mixture(self) -> Mixture:
+        return self.mixed.mixture
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences per optimizer step."""
+        return self.mixed.batch
 
     @property
     def sequences(self) -> int:
@@ -155,38 +166,49 @@ def prepare(
                 **split.stats,
             }
         )
-    if hold and not heldout:
+    if hold and not heldout and phase is measured_phase(recipe):
         raise AddlangError(
             "no target text could be held out for evaluation", "give evaluation.target_datasets, or more text"
         )
-    target = sum(p.tokens_total for p, spec in zip(packed, phase.datasets, strict=True) if spec.role == "target")
-    tokens = budget(phase, target or sum(p.tokens_total for p in packed))
-    # what guards read counts: arms of one budget then cost the same
-    tokens = round(tokens * (1 - sum(guard.token_share for guard in phase.all_guards)))
-    batch, scaled = global_batch(phase, tokens, launched()[1])
-    mixture = Mixture(
-        packed, [spec.weight for spec in phase.datasets], seed=recipe.seed, tokens=tokens, multiple_of=batch
-    )
-    for row, drawn in zip(sources, mixture.summary(), strict=True):
-        row.update(share=drawn["share"], trained_tokens=drawn["tokens"], epochs=drawn["epochs"])
-    card = {
-        "sources": sources,
-        "heldout": {"documents": len(heldout), "bytes": sum(len(t.encode()) for _, t in heldout)},
-        "sequences": len(mixture),
-        "tokens": mixture.tokens_total,
-        "batch_size": batch,
-        "notes": [scaled] if scaled else [],
-    }
-    return PhaseData(
-        mixture,
+    weights = [spec.weight for spec in phase.datasets]
+    mixed = mix(phase, packed, weights, seed=recipe.seed, devices=launched()[1])
+    data = PhaseData(
+        mixed,
         phase.sequence_length,
         phase.isolate_documents,
-        batch,
         tokenizer,
         tuple(s.path for s in phase.datasets),
         tuple(heldout),
-        card,
+        {
+            "sources": sources,
+            "heldout": {"documents": len(heldout), "bytes": sum(len(t.encode()) for _, t in heldout)},
+        },
     )
+    return completed(data, mixed, sources)
+
+
+def completed(data: PhaseData, mixed: Mixed, sources: Sequence[dict[str, Any]]) -> PhaseData:
+    """The same data with this mixture, and a card that says what is drawn from each source."""
+    rows = [
+        {**row, "share": drawn["share"], "trained_tokens": drawn["tokens"], "epochs": drawn["epochs"]}
+        for row, drawn in zip(sources, mixed.mixture.summary(), strict=True)
+    ]
+    card = {
+        **data.card,
+        "sources": rows,
+        "sequences": len(mixed.mixture),
+        "tokens": mixed.mixture.tokens_total,
+        "batch_size": mixed.batch,
+        "notes": list(mixed.notes),
+    }
+    card["identity"] = fingerprint({k: v for k, v in card.items() if k != "identity"})
+    return replace(data, mixed=mixed, paths=tuple(row["path"] for row in rows), card=card)
+
+
+def measured_phase(recipe: Recipe) -> Phase:
+    """The phase whose held-out text is measured: the last one with target data."""
+    with_target = [p for p in recipe.phases if any(spec.role == "target" for spec in p.datasets)]
+    return (with_target or list(recipe.phases))[-1]
 
 
 def _texts(spec: DatasetSpec, base_dir: Path | None) -> list[str]:

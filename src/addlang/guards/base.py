@@ -90,6 +90,11 @@ class Guard(BaseModel):
         """Share of the budget's tokens that the guard reads, in [0, 1): target text gets the rest."""
         return 0.0
 
+    @property
+    def needs_start(self) -> bool:
+        """Whether training is held to the weights, or to stored outputs, of the model that the phase starts from."""
+        return True
+
     def requires(self) -> frozenset[str]:
         """A subset of {"source_text", "chat_template"}."""
         return frozenset()

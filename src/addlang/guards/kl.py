@@ -35,6 +35,10 @@ class KL(Guard):
     def token_share(self) -> float:
         return self.share
 
+    @property
+    def needs_start(self) -> bool:
+        return self.mode != "replay"  # which trains on words and knows no probabilities
+
     def requires(self) -> frozenset[str]:
         return frozenset({"source_text"})
 

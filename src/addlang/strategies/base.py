@@ -58,6 +58,8 @@ class Strategy(BaseModel):
 
     Attributes:
         dynamic: what moves is chosen anew during training, so the plan names only what can never move.
+        needs_start: training reads the weights that the phase starts from, besides the model's own (not planning: that is
+            over before training begins).
         example: options of a typical use, for strategies that have no default for something.
     """
 
@@ -67,6 +69,7 @@ class Strategy(BaseModel):
     paper: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     dynamic: ClassVar[bool] = False
+    needs_start: ClassVar[bool] = False
     example: ClassVar[Mapping[str, Any]] = {}
 
     train_embeddings: bool = Field(True, description="train the input embedding")

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 from addlang.errors import AddlangError
 
 if TYPE_CHECKING:
-    from addlang.recipe import Phase
+    from addlang.schema import Part, Phase
 
 PAPER_TOKENS = 200_000_000  # SSU paper, Table 8: 12,208 steps x 32 x 512
 PAPER_BATCH = 32
 FEWEST_STEPS = 200  # below this a batch of 32 is halved until there are as many steps
 
 
-def budget(phase: Phase, available: int) -> int:
+def budget(phase: Phase | Part, available: int) -> int:
     """Training tokens: what the recipe says, or one pass over ``available`` target tokens, at most the paper's 200M."""
     return phase.tokens if phase.tokens is not None else min(PAPER_TOKENS, available)
 
