@@ -12,7 +12,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -258,6 +258,30 @@ def parameter_kinds(model: Any) -> dict[str, ParamInfo]:
     return kinds
 
 
+SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def same_input(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Weight -> all weights that multiply the same input, for those that are not alone.
+
+    Raises:
+        AddlangError: there are none: the architecture stores them as one matrix.
+    """
+    present = set(names)
+    found: dict[str, tuple[str, ...]] = {}
+    for name in present:
+        module, dot, leaf = name.removesuffix(".weight").rpartition(".")
+        for leaves in SAME_INPUT:
+            group = tuple(f"{module}{dot}{other}.weight" for other in leaves)
+            if leaf in leaves and present.issuperset(group):
+                found[name] = group
+    if not found:
+        raise AddlangError(
+            "share_columns: this model has no separate q, k, v or gate, up projections", "set share_columns: false"
+        )
+    return found
+
+
 def embedding_names(model: Any) -> tuple[str, str, bool]:
     """Names of the input embedding's and the head's weight, and whether they are one tensor."""
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
@@ -339,6 +363,13 @@ class Checkpoint:
             raise AddlangError(f"{self.directory} has no tensor '{name}'", did_you_mean(name, self.location))
         with safe_open(str(self.directory / self.location[name]), "pt") as f:
             return f.get_tensor(name)  # type: ignore[no-any-return]
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start .. stop - 1 of a tensor (its first dimension), without reading the others."""
+        from safetensors import safe_open
+
+        with safe_open(str(self.directory / self.location[name]), "pt") as f:
+            return f.get_slice(name)[start:stop]  # type: ignore[no-any-return]
 
     def tensors(self, file: str) -> Iterator[tuple[str, Tensor]]:
         """All tensors of one file, one at a time."""

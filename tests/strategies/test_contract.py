@@ -35,6 +35,7 @@ STRATEGIES: dict[str, list[dict[str, Any]]] = {
         {"scorer": "sparsegpt"},
         {"scorer": "fisher"},
         {"reference_code": True},
+        {"share_columns": True},
         {"freeze_special_tokens": True},
         {"train_embeddings": False, "train_lm_head": False},
     ],

@@ -12,6 +12,22 @@ from training import attach, run, weights
 ONE = {"num_hidden_layers": 1}
 
 
+@pytest.mark.parametrize("execution", ["split_assemble", "split_resident"])
+def test_a_split_layer_is_one_graph(execution: str) -> None:
+    model = attach(execution=execution, changes=ONE).model
+    layer = model.model.layers[0]
+    x = torch.randn(1, 8, model.config.hidden_size, requires_grad=True)
+    positions = model.model.rotary_emb(x, torch.arange(8)[None])
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    grads = []
+    for call in (layer, compiled):
+        x.grad = None
+        call(x, position_embeddings=positions).square().sum().backward()
+        assert x.grad is not None
+        grads.append(x.grad)
+    assert torch.allclose(*grads, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("execution", ["masked", "split_assemble"])
 def test_compiled_layers_train_what_plain_ones_train(execution: str, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from addlang.freeze.masked import LOW_PRECISION
 from addlang.freeze.overlay import Overlay, overlay, remove_overlay
 from addlang.freeze.plan import FreezePlan, Frozen
 from addlang.freeze.split_linear import Form, SplitLinear, split_linear, unsplit_linear
+from addlang.models import SAME_INPUT
 from addlang.strategies.base import Attached
 
 
@@ -76,6 +77,7 @@ class SplitAttached(Attached):
         self.form: Form = _choose_form(model, plan) if form == "auto" else form
         self.execution = f"split ({self.form})"
         self._places: dict[str, tuple[nn.Module, str]] = {}
+        shared = _shared_columns(plan)
         for name in plan:
             entry = _simple(plan[name])
             module, leaf = owners[name][0]
@@ -91,8 +93,10 @@ class SplitAttached(Attached):
                 assert entry.index is not None
                 assert isinstance(module, nn.Linear)
                 # nothing but the layer itself keeps the input of a down projection: a product made for it
-                narrow = name.endswith("down_proj.weight")
+                narrow = name.endswith("down_proj.weight") or name in shared
                 split_linear(module, entry.kind, entry.index, form=self.form, masters=masters, narrow_save=narrow)
+                if (first := shared.get(name, name)) != name:  # the very same index tells layers that they share
+                    module.index_trainable = owners[first][0][0].index_trainable  # type: ignore[union-attr]
                 self._places[name] = (module, "weight_trainable")
                 continue
             if entry.kind != "none":
@@ -165,6 +169,23 @@ class SplitAttached(Attached):
 
     def _modules(self) -> list[nn.Module]:
         return [m for m in self.model.modules() if isinstance(m, SplitLinear | Overlay)]
+
+
+def _shared_columns(plan: FreezePlan) -> dict[str, str]:
+    """Weight -> the first of the weights with the same input, where all of these freeze the same columns of it."""
+    found = {}
+    for leaves in SAME_INPUT:
+        for name in plan:
+            if not name.endswith(f".{leaves[0]}.weight"):
+                continue
+            group = [name.removesuffix(f"{leaves[0]}.weight") + f"{leaf}.weight" for leaf in leaves]
+            entries = [_simple(plan[member]) for member in group if member in plan]
+            index = entries[0].index
+            if len(entries) < len(group) or index is None or any(e.kind != "columns" for e in entries):
+                continue
+            if all(e.index is not None and torch.equal(e.index, index) for e in entries):
+                found |= dict.fromkeys(group, name)
+    return found
 
 
 def _simple(entry: Frozen) -> Frozen:

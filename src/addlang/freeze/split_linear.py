@@ -40,7 +40,8 @@ class SplitLinear(nn.Linear):
             resident dense weight of the same type holds the values.
         weight_trainable: [n, other]; other is ``out`` for columns and ``in`` for rows.
         weight_dense: [k + n, other] in the compute type; resident form only.
-        narrow_save: save only the trained columns of the input for backward. Pays where nothing else keeps the input.
+        narrow_save: save only the trained columns of the input for backward. Pays where nothing else keeps the input:
+            in a down projection, and in layers with one input that train the same columns of it.
     """
 
     kind: Literal["columns", "rows"]
@@ -57,9 +58,13 @@ class SplitLinear(nn.Linear):
         compute = _compute_dtype(input, self.weight_trainable)
         dense = self._resident(compute) if self.form == "resident" else None
         x, bias = _shared_cast(input, compute), self.bias
+        phase = _checkpoint_phase()
+        # a gather in a pass that will be repeated would be done twice
+        narrow = self.kind == "columns" and self.narrow_save and phase is None and torch.is_grad_enabled()
+        columns = _shared_columns(input, x, self.index_trainable) if narrow else None
         later: list[Tensor] = []
         y: Tensor = _SplitProduct.apply(  # type: ignore[no-untyped-call]
-            input, x, self.weight_frozen, self.weight_trainable, bias, dense, self, later
+            input, x, columns, self.weight_frozen, self.weight_trainable, bias, dense, self, phase, later
         )
         for dense in later:
             x, out = x.reshape(-1, x.shape[-1]), y.detach().view(-1, self.out_features)
@@ -236,7 +241,7 @@ _spare: dict[tuple[tuple[int, ...], torch.dtype], list[Tensor]] = {}
 def _borrow(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """An uninitialised tensor. CPU memory is used again and again: a new block of megabytes comes from the system page
     by page, which takes longer than filling it. (A GPU has its caching allocator.)"""
-    if device.type == "cpu":
+    if device.type == "cpu" and not torch.compiler.is_compiling():
         try:
             return _spare[shape, dtype].pop()
         except (KeyError, IndexError):  # asked and taken in one, for other threads borrow too
@@ -246,7 +251,7 @@ def _borrow(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
 
 def give_back(x: Tensor) -> None:
     """Nothing refers to this temporary any more; the next one of its shape may use its memory."""
-    if x.device.type == "cpu":
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
         _spare.setdefault((tuple(x.shape), x.dtype), []).append(x)
 
 
@@ -258,35 +263,39 @@ class _SplitProduct(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         xc: Tensor,
+        columns: Tensor | None,
         frozen: Tensor | None,
         trainable: Tensor,
         bias: Tensor | None,
         dense: Tensor | None,
         layer: SplitLinear,
+        phase: Literal["forward", "recompute"] | None,
         later: list[Tensor],
     ) -> Tensor:
-        """x: [..., in] in its own type, for autograd; xc: the same values in the compute type.
+        """x: [..., in] in its own type, for autograd; xc: the same values in the compute type; columns: the trained
+        columns of these [N, n], where they are all that backward needs.
 
         When a checkpoint recomputes, the product is left to the caller, which finds the dense weight in ``later``: the
         checkpoint stops as soon as everything is saved again, and a Function saves only when it returns. So the last
         product of a block, a fifth of its linear arithmetic, is not made, as an ordinary linear layer does not make it.
         """
-        resident, phase = dense is not None, _checkpoint_phase()
+        resident = dense is not None
         if dense is None:
             source = layer._frozen() if frozen is None else frozen
             dense = assemble(source, trainable, layer.index_frozen, layer.index_trainable, xc.dtype)
-        columns = layer.kind == "columns"
+        transposed = layer.kind == "columns"
         if phase == "recompute":
             y = xc.new_empty(*xc.shape[:-1], layer.out_features)
             later.append(dense)
         else:
-            y = nn.functional.linear(xc, dense.t() if columns else dense, None if bias is None else bias.to(xc.dtype))
+            y = nn.functional.linear(
+                xc, dense.t() if transposed else dense, None if bias is None else bias.to(xc.dtype)
+            )
         ctx.layer, ctx.compute, ctx.shape, ctx.x_dtype = layer, xc.dtype, x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.resident = dense if resident else None
-        # a gather in a pass that will be repeated would be done twice
-        ctx.narrow = columns and layer.narrow_save and phase is None and ctx.needs_input_grad[3]
-        kept = _take(xc.reshape(-1, xc.shape[-1]), layer.index_trainable) if ctx.narrow else xc
+        ctx.narrow = columns is not None
+        kept = xc if columns is None else columns
         ctx.has_dense = phase is not None and not resident
         ctx.save_for_backward(kept, *((dense,) if ctx.has_dense else (frozen, trainable)))
         if not resident and phase != "recompute":  # the checkpoint drops what its first pass saves
@@ -320,7 +329,7 @@ class _SplitProduct(torch.autograd.Function):
             dx = (g @ (dense.t() if columns else dense)).reshape(ctx.shape).to(ctx.x_dtype)
             if ctx.resident is None:
                 give_back(dense)
-        if ctx.needs_input_grad[3]:
+        if ctx.needs_input_grad[4]:
             x = kept.reshape(-1, kept.shape[-1])
             if ctx.narrow:
                 dw = x.t() @ g
@@ -330,9 +339,9 @@ class _SplitProduct(torch.autograd.Function):
                 dw = part.t() @ other
                 give_back(part)
             dw = dw.to(layer.weight_trainable.dtype)
-        if ctx.needs_input_grad[4]:
+        if ctx.needs_input_grad[5]:
             db = g.sum(0).to(ctx.bias_dtype)
-        return dx, None, None, dw, db, None, None, None
+        return dx, None, None, None, dw, db, None, None, None, None
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
@@ -373,8 +382,21 @@ def _shared_cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return cast
 
 
+def _shared_columns(x: Tensor, cast: Tensor, index: Tensor) -> Tensor:
+    """``cast[:, index]`` [N, n]; layers that train the same columns of one input share, and so save, one copy of them."""
+    known = getattr(x, "_addlang_columns", None)
+    if known is None or known[0] != x._version or known[1] is not index or known[2].dtype != cast.dtype:
+        known = (x._version, index, torch.index_select(cast.reshape(-1, cast.shape[-1]), 1, index))
+        if not torch.compiler.is_compiling():
+            x._addlang_columns = known  # type: ignore[attr-defined]
+    columns: Tensor = known[2]
+    return columns
+
+
 def _checkpoint_phase() -> Literal["forward", "recompute"] | None:
     """The pass of torch's non-reentrant activation checkpoint that we are in."""
+    if torch.compiler.is_compiling():
+        return None
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     hooks = top(False) if top is not None else None
     if hooks is None or getattr(hooks[0], "__module__", "") != "torch.utils.checkpoint":

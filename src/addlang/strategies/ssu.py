@@ -31,6 +31,9 @@ class SSU(Strategy):
         description="share of every tensor that is frozen; >= 0.6 source first, <= 0.4 target first (Figure 2)",
     )
     granularity: Literal["column", "row", "element"] = Field("column", description="unit of freezing (Table 3)")
+    share_columns: bool = Field(
+        False, description="one set of columns for q, k and v and one for gate and up: faster, not what the paper does"
+    )
     reference_code: bool = Field(False, description="score as the paper's public code does, not as the paper says")
 
     @model_validator(mode="after")
@@ -41,6 +44,8 @@ class SSU(Strategy):
             )
         if self.reference_code and self.scorer != "wanda":
             raise ValueError(f"reference_code is defined for scorer wanda only, not for {self.scorer}")
+        if self.share_columns and self.granularity != "column":
+            raise ValueError(f"share_columns needs granularity: column, not {self.granularity}")
         return self
 
     def requires(self) -> frozenset[str]:
@@ -65,8 +70,11 @@ class SSU(Strategy):
         return FreezePlan({n: entries[n] for n, _ in model.named_parameters()})
 
     def plan(self, model: nn.Module, inputs: PlanInputs) -> FreezePlan:
+        import torch
+
         from addlang.errors import AddlangError
         from addlang.freeze.plan import FreezePlan, Frozen
+        from addlang.models import same_input
         from addlang.scoring import Scores, make_scorer
 
         calibration = None
@@ -79,16 +87,24 @@ class SSU(Strategy):
         scorer = make_scorer(self.scorer, seed=inputs.seed, reference_code=self.reference_code)
         scores = Scores.collect(model, scorer, self.granularity, calibration, inputs.progress)
         entries = self.outside(model, inputs)
+        groups = same_input(scores) if self.share_columns else {}
+        shared: dict[str, Tensor] = {}
         ties = 0
         for name in scores:
-            score = scores[name]
-            chosen, tied = highest(score, int(score.numel() * self.ratio), inputs.seed, name)
-            ties += tied
+            group = groups.get(name, (name,))
+            if group[0] in shared:
+                chosen = shared[group[0]]
+            else:
+                score = torch.stack([scores[member] for member in group]).sum(0) if len(group) > 1 else scores[name]
+                chosen, tied = highest(score, int(score.numel() * self.ratio), inputs.seed, group[0])
+                ties += tied
+            if len(group) > 1:
+                shared[group[0]] = chosen
             shape = tuple(model.get_parameter(name).shape)
             if chosen.numel() == 0:
                 entries[name] = Frozen(shape, "none")
             elif self.granularity == "element" and len(shape) > 1:
-                mask = score.new_zeros(score.numel(), dtype=chosen.dtype).bool().cpu()
+                mask = torch.zeros(model.get_parameter(name).numel(), dtype=torch.bool)
                 mask[chosen] = True
                 entries[name] = Frozen(shape, "elements", mask.view(shape))
             else:
