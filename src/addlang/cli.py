@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from addlang.commands.analyze import analyze
 from addlang.commands.common import EXTRA, Json, OutputDir, Overwrite, emit, parse_overrides, quiet, split_arguments
 from addlang.commands.lab import lab_app
 from addlang.commands.sweep import sweep
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 app.add_typer(lab_app, name="lab")
 app.command(context_settings=EXTRA)(sweep)
+app.command(context_settings=EXTRA)(analyze)
 
 
 @app.command(context_settings=EXTRA)

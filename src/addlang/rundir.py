@@ -22,7 +22,7 @@ STATE = "state.json"
 LOCK = ".lock"
 OWN = (
     STATE, "recipe.yaml", "README.md", "report.html", "freeze_plan.safetensors", "metrics.jsonl", "results.jsonl",
-    "comparison.json", "proof.json", "bad_batch.json", "samples", "phases", "checkpoint-*", "addlang", "*.tmp",
+    "comparison.json", "proof.json", "bad_batch.json", "replay.jsonl", "samples", "phases", "analysis", "checkpoint-*", "addlang", "*.tmp",
     "model*.safetensors", "model.safetensors.index.json", *CONFIG_FILES,
 )  # fmt: skip
 

@@ -238,6 +238,12 @@ def make(task: str, language: Language, rng: random.Random) -> tuple[str, str]:
     return fill(phrasing, slots, person), answer
 
 
+def make_with(task: str, phrasing: str, language: Language, rng: random.Random) -> tuple[str, str]:
+    """As :func:`make`, in a given phrasing."""
+    slots, answer, person = _CONTENT[task](language, rng)
+    return fill(phrasing, slots, person), answer
+
+
 def fill(template: str, slots: dict[str, Any], person: Person | None) -> str:
     """Put the slots into a template, after agreeing it with the person it is about."""
     return (template if person is None else inflect(template, person)).format(**slots)

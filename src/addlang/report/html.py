@@ -16,6 +16,7 @@ from markupsafe import Markup, escape
 
 from addlang.progress import duration
 from addlang.report import figures, numbers
+from addlang.report.analyses import analyses_of
 from addlang.report.files import Comparison, RunData, read_run, write_text
 from addlang.report.method import method_of
 from addlang.report.samples import chosen_samples
@@ -114,6 +115,7 @@ def report_html(out_dir: str | os.PathLike[str]) -> str:
             moved_share=numbers.percent(proof.moved / proof.trainable) if proof and proof.trainable else "",
             proof_phases=_proof_phases(run),
             samples=chosen_samples(run),
+            analyses=analyses_of(run.directory),
             data=_data(run),
             commands=reproduce(run),
             facts=_facts(run),
