@@ -65,7 +65,9 @@ def execute(recipe: Recipe, *, overwrite: bool = False, base_dir: Path | None = 
 
 def carry_out(run: RunDir, world: World, base_dir: Path | None) -> None:
     """All stages of a run. What is not said to be done by all processes, the first one does while the others wait."""
+    from addlang.data.prepare import measured_phase
     from addlang.models import load_tokenizer, resolve
+    from addlang.phases import check_conditions, check_promises, decide, end_early
 
     recipe = run.recipe
     device = prepare_device(recipe)
@@ -74,23 +76,29 @@ def carry_out(run: RunDir, world: World, base_dir: Path | None) -> None:
     tokenizer = load_tokenizer(source, recipe.template_path(base_dir))
     world.first(lambda: check_model(recipe, source, tokenizer))
     world.first(lambda: check_calibration(run, tokenizer, base_dir))
-    data: list[PhaseData] = []
-    for phase in reversed(
-        recipe.phases
-    ):  # the last phase's held-out text is what is measured: no phase may train on it
-        exclude = [text for _, text in data[-1].heldout] if data else []
+    data: dict[str, PhaseData] = {}
+    measured = measured_phase(recipe)
+    for phase in sorted(recipe.phases, key=lambda p: p is not measured):  # no phase may train on what is measured
+        exclude = [text for _, text in data[measured.name].heldout] if data else []
         read = functools.partial(prepare_data, recipe, phase, tokenizer, device, base_dir, run, exclude)
-        data.insert(0, world.in_turn(read))
+        data[phase.name] = world.in_turn(read)
+    world.first(lambda: check_promises(run, base_dir))
 
     def measure(label: str, directory: Path, share: float = 1.0) -> None:
         back = None if share == 1 else (share, source)
-        world.first(lambda: evaluate(run, label, directory, tokenizer, data, device, base_dir, back))
+        target = data[measured.name].heldout
+        world.first(lambda: evaluate(run, label, directory, tokenizer, target, device, base_dir, back))
 
     measure("before", source)
+    world.first(lambda: check_conditions(run))
     start = source
-    for phase, phase_data in zip(recipe.phases, data, strict=True):
+    for phase in recipe.phases:
+        if not world.agree(world.first(functools.partial(decide, run, phase))):
+            world.first(functools.partial(end_early, run, phase, start))
+            measure("after", run.path)
+            break
         origin = source if phase.start == "source" else start
-        adapt(run, phase, origin, tokenizer, phase_data, device, base_dir, world)
+        adapt(run, phase, origin, tokenizer, data[phase.name], device, base_dir, world)
         start = run.phase_dir(phase)
         measure("after" if phase is recipe.phases[-1] else phase.name, start)
     for share in recipe.evaluation.scale_back:
@@ -120,6 +128,7 @@ def adapt(
 
     from addlang.export import export
     from addlang.models import Checkpoint, apply_liger, load_model
+    from addlang.phases import answer_replay
     from addlang.train.loop import Schedule, compute_dtype, train
     from addlang.train.memory import explain_out_of_memory
     from addlang.train.schedule import micro_batch
@@ -128,6 +137,8 @@ def adapt(
     model_hash = world.agree(stored.hash if world.leads else "")
     dtype = stored.dtype if compute_dtype(phase, device) in (None, torch.bfloat16) else torch.float32
     load = functools.partial(load_model, source, dtype=dtype, attn_implementation=phase.attn_implementation)
+    if data.pool is not None:
+        data = world.in_turn(functools.partial(answer_replay, run, phase, data, source, model_hash, device))
     micro = micro_batch(phase, data.batch_size, device.type, world.size)
     schedule = Schedule(data.sequences // data.batch_size, data.batch_size, micro)
 
@@ -150,7 +161,8 @@ def adapt(
         result = train(
             attached, data, phase, directory, device=device, schedule=schedule, seed=seed, guards=guards, world=world
         )
-    export(stored, attached, plan, directory, world=world)
+    template = run.recipe.template_path(base_dir)
+    export(stored, attached, plan, directory, world=world, chat_template=template)
     world.first(lambda: prove_phase(run, phase, source))
     trained = {
         **run.state.get("train", {}),
@@ -312,14 +324,15 @@ def prepare_data(
 
         data = prepare(recipe, phase, tokenizer, base_dir=base_dir, progress=count, exclude=exclude)
     known = run.state.get("data", {}).get(phase.name)
-    if run.done("evaluate:before") and known is not None and known != json.loads(json.dumps(data.card)):
+    if run.done("evaluate:before") and known is not None and known["identity"] != data.card["identity"]:
         raise AddlangError(
             f"the data of phase '{phase.name}' have changed since this run began ({', '.join(data.paths)})",
             "restore the files, or start again with --overwrite",
         )
     for message in data.card["notes"]:
         note(message)
-    run.update(data={**run.state.get("data", {}), phase.name: data.card})
+    if known is None or known["identity"] != data.card["identity"]:  # otherwise it may know of generated replay
+        run.update(data={**run.state.get("data", {}), phase.name: data.card})
     return data
 
 
@@ -328,7 +341,7 @@ def evaluate(
     label: str,
     directory: Path,
     tokenizer: Any,
-    data: list[PhaseData],
+    heldout: Sequence[tuple[str, str]],
     device: torch.device,
     base_dir: Path | None,
     back: tuple[float, Path] | None = None,
@@ -348,7 +361,7 @@ def evaluate(
     from addlang.progress import progress
 
     recipe = run.recipe
-    target = labelled_texts(recipe.evaluation.target_datasets, base_dir) or list(data[-1].heldout)
+    target = labelled_texts(recipe.evaluation.target_datasets, base_dir) or list(heldout)
     suite = build_suite(
         recipe.evaluation,
         tokenizer=tokenizer,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from addlang.data.cache import fingerprint
+from addlang.data.card import source_card
+from addlang.data.contamination import ItemIndex
 from addlang.data.holdout import split_holdout
-from addlang.data.mixing import Mixed, mix
+from addlang.data.inspect import OnItems, Screen, inspect
+from addlang.data.mixing import Mixed, add_replay, mix
 from addlang.data.mixture import Mixture
 from addlang.data.packing import Packed, pack_conversations, pack_texts
-from addlang.data.sources import read_rows
+from addlang.data.replay import Pool, english_replay, wanted_tokens
+from addlang.data.shares import phase_weights
+from addlang.data.sources import Row, read_rows
 from addlang.errors import AddlangError
 from addlang.train.shard import launched
 
@@ -37,7 +43,9 @@ class PhaseData:
         mixed: what is drawn, and the budget that it was drawn for.
         heldout: (id, text) of target documents that are not trained on.
         card: plain data for the report: sources with rows, tokens, licences, duplicates; the held-out part. ``identity``
-            is a hash of the rest.
+            is a hash of what was known before generative replay.
+        pool: prompts of generative replay, to be answered by the model that the phase starts from; None: nothing is
+            missing.
     """
 
     mixed: Mixed
@@ -47,6 +55,7 @@ class PhaseData:
     paths: tuple[str, ...]
     heldout: tuple[tuple[str, str], ...]
     card: dict[str, Any]
+    pool: Pool | None = None
 
     @property
     def mixture(self) -> Mixture:
@@ -118,59 +127,31 @@ def prepare(
         share = evaluation.holdout if hold and spec.role == "target" else 0.0
         splits.append(
             split_holdout(
-                rows, share=share, maximum=evaluation.holdout_max, seed=evaluation.holdout_seed, exclude=outside
-            )
+                rows, share=share, maximum=evaluation.holdout_max, seed=evaluation.holdout_seed, exclude=outside,
+                keep_copies=phase.deduplicate == "none",
+            )  # fmt: skip
         )
     for number, split in enumerate(splits):
         heldout += [(f"{number}:{i}:{row.line}", row.content) for i, row in enumerate(split.heldout)]
-    for number, (spec, rows) in enumerate(zip(phase.datasets, reads, strict=True)):
+    for number, split in enumerate(splits):
         elsewhere = [row.content for other, s in enumerate(splits) if other != number for row in s.heldout]
-        split = splits[number].excluding(elsewhere) if elsewhere else splits[number]
-        train = split.train
-        settings = {"identity": rows.identity(), "split": split.fingerprint}
-        chat = next(iter(rows)).messages is not None
-        if chat:
-            pack = pack_conversations(
-                train,
-                tokenizer,
-                sequence_length=phase.sequence_length,
-                loss_on=phase.loss_on,
-                cache_dir=cache_root() / "packed",
-                fingerprint_parts=[settings],
-                progress=progress,
-            )
-        else:
-            pack = pack_texts(
-                train,
-                tokenizer,
-                sequence_length=phase.sequence_length,
-                cache_dir=cache_root() / "packed",
-                fingerprint_parts=[settings],
-                progress=progress,
-            )
+        splits[number] = split.excluding(elsewhere) if elsewhere else split
+    screen = screening(recipe, phase, base_dir, progress)
+    identities = [[r.identity(), s.fingerprint] for r, s in zip(reads, splits, strict=True)]
+    inspected = screen([split.train for split in splits], identities)
+    for number, spec in enumerate(phase.datasets):
+        chat = next(iter(reads[number])).messages is not None
+        left_out = inspected.fingerprints[number]
+        settings = {"identity": reads[number].identity(), "split": splits[number].fingerprint, "left_out": left_out}
+        pack = pack_rows(inspected.rows[number], tokenizer, phase, settings, chat=chat, progress=progress)
         packed.append(pack)
-        licences = dict(pack.meta.get("licences", {}))
-        if spec.license:
-            licences = {spec.license: pack.meta["documents"]}
-        sources.append(
-            {
-                "path": spec.path,
-                "role": spec.role,
-                "language": spec.language or (recipe.language if spec.role == "target" else recipe.source_language),
-                "kind": "conversations" if chat else "text",
-                "rows": pack.meta["rows"],
-                "documents": pack.meta["documents"],
-                "tokens": pack.meta["tokens"],
-                "bytes": pack.meta["bytes"],
-                "licenses": licences,
-                **split.stats,
-            }
-        )
+        language = spec.language or (recipe.language if spec.role == "target" else recipe.source_language)
+        sources.append(source_card(spec, pack, tokenizer, language=language))
     if hold and not heldout and phase is measured_phase(recipe):
         raise AddlangError(
             "no target text could be held out for evaluation", "give evaluation.target_datasets, or more text"
         )
-    weights = [spec.weight for spec in phase.datasets]
+    weights = phase_weights(phase, [p.tokens_total for p in packed], [s["language"] for s in sources])
     mixed = mix(phase, packed, weights, seed=recipe.seed, devices=launched()[1])
     data = PhaseData(
         mixed,
@@ -182,9 +163,33 @@ def prepare(
         {
             "sources": sources,
             "heldout": {"documents": len(heldout), "bytes": sum(len(t.encode()) for _, t in heldout)},
+            "overlap": inspected.overlap,
         },
     )
-    return completed(data, mixed, sources)
+    data = completed(data, mixed, sources)
+    if phase.replay is not None:
+        pool = Pool(phase.replay, [*outside, *(text for _, text in heldout)], base_dir, screen)
+        if phase.replay.kind == "generative":
+            data = replace(data, pool=pool)
+        else:
+            wanted = wanted_tokens(phase.replay, mixed.tokens, sum(p.tokens_total for p in packed))
+            replayed = english_replay(pool, wanted, tokenizer, phase=phase, cache_dir=cache_root())
+            data = with_replay(data, recipe, phase, pool, replayed, {})
+    return replace(data, card={**data.card, "identity": fingerprint(data.card)})
+
+
+def with_replay(
+    data: PhaseData, recipe: Recipe, phase: Phase, pool: Pool, replayed: Packed, about: dict[str, Any]
+) -> PhaseData:
+    """The data with what is replayed mixed in."""
+    replay = pool.replay
+    mixed = add_replay(data.mixed, replayed, share=replay.share, append=replay.mode == "append", name=pool.name)
+    spec = replay.datasets[0].model_copy(update={"path": pool.name, "role": "replay"})
+    row = {
+        **source_card(spec, replayed, data.tokenizer, language=recipe.source_language),
+        "replay": {"kind": replay.kind, "share": replay.share, "mode": replay.mode, "seed": replay.seed, **about},
+    }
+    return replace(completed(data, mixed, [*data.card["sources"], row]), pool=None)
 
 
 def completed(data: PhaseData, mixed: Mixed, sources: Sequence[dict[str, Any]]) -> PhaseData:
@@ -201,7 +206,6 @@ def completed(data: PhaseData, mixed: Mixed, sources: Sequence[dict[str, Any]]) 
         "batch_size": mixed.batch,
         "notes": list(mixed.notes),
     }
-    card["identity"] = fingerprint({k: v for k, v in card.items() if k != "identity"})
     return replace(data, mixed=mixed, paths=tuple(row["path"] for row in rows), card=card)
 
 
@@ -209,6 +213,46 @@ def measured_phase(recipe: Recipe) -> Phase:
     """The phase whose held-out text is measured: the last one with target data."""
     with_target = [p for p in recipe.phases if any(spec.role == "target" for spec in p.datasets)]
     return (with_target or list(recipe.phases))[-1]
+
+
+def screening(recipe: Recipe, phase: Phase, base_dir: Path | None, progress: Any) -> Screen:
+    """The search for copies and for evaluation items in a phase's rows; see :func:`addlang.data.inspect.inspect`."""
+    on_items: OnItems = "allow" if recipe.allow_contamination else "drop" if recipe.drop_contaminated else "error"
+    items = item_index(recipe.evaluation.model_dump_json(), recipe.language, base_dir)
+    return functools.partial(
+        inspect,
+        deduplicate=phase.deduplicate,
+        near=phase.near_duplicate_threshold,
+        items=items,
+        on_items=on_items,
+        cache_dir=cache_root() / "inspected",
+        progress=progress,
+    )
+
+
+@functools.lru_cache(maxsize=2)
+def item_index(evaluation: str, target_language: str, base_dir: Path | None) -> ItemIndex:
+    """The texts that an evaluation (as JSON) asks for; all phases of a run search for the same ones."""
+    from addlang.evaluate.items import evaluation_texts
+    from addlang.recipe import Evaluation
+
+    parsed = Evaluation.model_validate_json(evaluation)
+    return ItemIndex(evaluation_texts(parsed, target_language=target_language, base_dir=base_dir))
+
+
+def pack_rows(
+    rows: Iterable[Row], tokenizer: Any, phase: Phase, settings: dict[str, Any], *, chat: bool, progress: Any = None
+) -> Packed:
+    """Pack the rows of one source as the phase says."""
+    common: dict[str, Any] = {
+        "sequence_length": phase.sequence_length,
+        "cache_dir": cache_root() / "packed",
+        "fingerprint_parts": [settings],
+        "progress": progress,
+    }
+    if chat:
+        return pack_conversations(rows, tokenizer, loss_on=phase.loss_on, long=phase.long_conversations, **common)
+    return pack_texts(rows, tokenizer, **common)
 
 
 def _texts(spec: DatasetSpec, base_dir: Path | None) -> list[str]:

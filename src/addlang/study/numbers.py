@@ -24,13 +24,13 @@ def gather(path: Path) -> dict[str, Any]:
         entry = results.setdefault(key, {k: row[k] for k in ("unit", "higher_is_better")})
         if row["model"] in ("before", "after") or row["model"].startswith(SCALED):
             entry[row["model"]] = row["value"]
-    plan = list(state["plan"].values())[-1]
+    plans = list(state["plan"].values())  # none in a run that ended before its first phase
     return {
         "results": results,
         "tokens": sum(t["tokens"] for t in state["train"].values()),
         "seconds": round(state["seconds"], 1),
         "train_seconds": round(sum(t["seconds"] for t in state["train"].values()), 1),
-        "trainable_fraction": plan["trainable_fraction"],
+        "trainable_fraction": plans[-1]["trainable_fraction"] if plans else 0.0,
         "proof_ok": json.loads((path / "proof.json").read_text(encoding="utf-8"))["ok"],
     }
 
