@@ -15,6 +15,7 @@ import typer
 from addlang.commands.analyze import analyze
 from addlang.commands.common import EXTRA, Json, OutputDir, Overwrite, emit, parse_overrides, quiet, split_arguments
 from addlang.commands.lab import lab_app
+from addlang.commands.merge import merge_app, show_merge_proof
 from addlang.commands.sweep import sweep
 from addlang.errors import AddlangError, AddlangWarning
 
@@ -27,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(lab_app, name="lab")
+app.add_typer(merge_app, name="merge")
 app.command(context_settings=EXTRA)(sweep)
 app.command(context_settings=EXTRA)(analyze)
 
@@ -221,15 +223,22 @@ def report(run_dir: Annotated[Path, typer.Argument(help="A run's output director
 
 @app.command()
 def verify(
-    run_dir: Annotated[Path, typer.Argument(help="A run's output directory.")],
+    run_dir: Annotated[Path, typer.Argument(help="A run's output directory, or a merged model.")],
     source: Annotated[str | None, typer.Option(help="The source model, if it is not where the run found it.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Recompute the proof from the two checkpoints: nothing that was frozen may differ. Exit code 4 if something does."""
+    """Recompute the proof from the two checkpoints: nothing that was frozen may differ. Exit code 4 if something does.
+
+    Of a merged model: merge again, and compare every bit.
+    """
     from addlang.errors import ProofError
+    from addlang.merge.verify import is_merge
     from addlang.verify import verify_run
 
     quiet(as_json)
+    if is_merge(run_dir):
+        show_merge_proof(run_dir, as_json)
+        return
     proof = verify_run(run_dir, source)
     names = [t["name"] for p in proof["phases"] for t in p["tensors"] if t["frozen_changed"]]
     failure = ProofError(f"frozen elements differ in {len(names)} tensor(s): {', '.join(names[:10])}")

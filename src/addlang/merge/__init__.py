@@ -1,0 +1,1 @@
+"""Merging models without training: see docs/merging.md. Importing this package loads no torch."""
