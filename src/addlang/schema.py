@@ -364,6 +364,19 @@ class Phase(TrainSettings):
             return self.tokens
         return round(self.tokens * (1 + self.replay.share))
 
+    def amounts(self) -> list[str | None]:
+        """What is trained on, in words, of the phase or of each part of a mixture; None where it depends on the data."""
+        out: list[str | None] = []
+        rest = [spec.path for spec in self.datasets]
+        for owner in self.parts or (self,):
+            own, rest = (rest[: owner.datasets], rest[owner.datasets :]) if isinstance(owner, Part) else (rest, [])
+            amount = (
+                f"{owner.tokens:,} tokens" if owner.tokens else f"{owner.epochs:g} epochs" if owner.epochs else None
+            )
+            extra = f" and {self.replay.share:.0%} replay" if self.replay and self.replay.mode == "append" else ""
+            out.append(amount and f"{amount} of {', '.join(own)}{extra}")
+        return out
+
     @property
     def all_guards(self) -> tuple[Any, ...]:
         """The phase's guards and those that its strategy brings along."""

@@ -170,7 +170,7 @@ def cells(study: Study, base_dir: Path) -> dict[Cell, dict[str, Any]]:
     """
     root = Path(study.output_dir).resolve()
     out: dict[Cell, dict[str, Any]] = {}
-    budgets: dict[tuple[str, ...], dict[str, int | None]] = {}
+    budgets: dict[tuple[str, ...], dict[str, int | str | None]] = {}
     folders: dict[str, Cell] = {}
     grid = itertools.product(
         study.seeds, itertools.product(*(axis.items() for axis in study.axes.values())), study.arms.items()
@@ -196,8 +196,7 @@ def cells(study: Study, base_dir: Path) -> dict[Cell, dict[str, Any]]:
             where = f"arm '{arm}'" + (f" ({', '.join(setting)})" if setting else "")
             recipe = Recipe.parse(data, where=where, files=(setting, arm) not in checked, base_dir=base_dir)
             checked.add((setting, arm))
-            tokens = [p.tokens for p in recipe.phases]
-            budgets.setdefault(setting, {})[arm] = None if None in tokens else sum(t or 0 for t in tokens)
+            budgets.setdefault(setting, {})[arm] = recipe.budget
             out[cell] = data
     if study.same_budget:
         for setting, by_arm in budgets.items():
@@ -211,14 +210,14 @@ def _with_rate(data: dict[str, Any], rate: float) -> dict[str, Any]:
     return {**data, "phases": [*data["phases"][:-1], {**data["phases"][-1], "learning_rate": rate}]}
 
 
-def _require_same(setting: tuple[str, ...], budgets: Mapping[str, int | None]) -> None:
+def _require_same(setting: tuple[str, ...], budgets: Mapping[str, int | str | None]) -> None:
     where = f" of {', '.join(setting)}" if setting else ""
     if missing := [arm for arm, tokens in budgets.items() if tokens is None and len(set(budgets.values())) > 1]:
         raise AddlangError(
             f"arms{where}: '{missing[0]}' states no tokens, others do", "set recipe.tokens, or same_budget: false"
         )
     if len(set(budgets.values())) > 1:
-        shown = ", ".join(f"{arm} {tokens:,}" for arm, tokens in budgets.items())
+        shown = ", ".join(f"{arm} {b:,}" if isinstance(b, int) else f"{arm} ({b})" for arm, b in budgets.items())
         raise AddlangError(
             f"arms{where} train on different numbers of tokens: {shown}",
             "give every arm the same budget, or set same_budget: false and say so where you report it",
