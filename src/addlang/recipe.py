@@ -95,6 +95,15 @@ class Recipe(Strict):
         return builtin_template(self.chat_template) or beside(self.chat_template, base_dir)
 
     @property
+    def budget(self) -> int | str | None:
+        """What is trained on, to compare recipes by: tokens, or epochs of data sets; None: it depends on the data."""
+        tokens = [p.total_tokens for p in self.phases]
+        if None not in tokens:
+            return sum(t or 0 for t in tokens)
+        amounts = [a for p in self.phases for a in p.amounts()]
+        return None if None in amounts else " + ".join(sorted(a or "" for a in amounts))
+
+    @property
     def fingerprint(self) -> str:
         """Hash of everything that determines the result (not of where it is written or how often it is saved).
 

@@ -71,6 +71,7 @@ def split_holdout(
     seed: int,
     exclude: Iterable[str] = (),
     near: float = NEAR,
+    keep_copies: bool = False,
 ) -> Split:
     """Deduplicate a source and hold out some of its documents.
 
@@ -81,6 +82,7 @@ def split_holdout(
         seed: chooses which.
         exclude: texts that are neither trained on nor held out (evaluation data given separately).
         near: share of windows that makes two texts near; see :class:`addlang.data.similar.NearIndex`.
+        keep_copies: train on every copy of a row; copies of held-out text are left out all the same.
 
     Raises:
         AddlangError: too little text to hold any of it out.
@@ -112,13 +114,15 @@ def split_holdout(
     train = TrainRows(
         rows,
         held={h for h, _ in chosen} | excluded,
-        repeated=scan.repeated,
+        repeated=set() if keep_copies else scan.repeated,
         index=NearIndex([normalise(t) for t in (*(r.content for r in held), *exclude)], near),
         passage=passage,
         seed=seed,
     )
-    train.basis = {"distinct": scan.different, "duplicates": scan.units - scan.different, "held_out": len(held)}
-    key = fingerprint("split", VERSION, share, maximum, seed, near, passage, sorted(h for h, _ in chosen), exclude)
+    copies = 0 if keep_copies else scan.units - scan.different
+    train.basis = {"distinct": scan.different, "duplicates": copies, "held_out": len(held)}
+    settings = (share, maximum, seed, near, passage, keep_copies)
+    key = fingerprint("split", VERSION, *settings, sorted(h for h, _ in chosen), exclude)
     return Split(train, held, key)
 
 

@@ -24,6 +24,7 @@ from addlang.data.replay import Pool, english_replay, wanted_tokens
 from addlang.data.shares import phase_weights
 from addlang.data.sources import Row, read_rows
 from addlang.errors import AddlangError
+from addlang.schema import beside
 from addlang.train.shard import launched
 
 if TYPE_CHECKING:
@@ -127,9 +128,13 @@ def prepare(
         share = evaluation.holdout if hold and spec.role == "target" else 0.0
         splits.append(
             split_holdout(
-                rows, share=share, maximum=evaluation.holdout_max, seed=evaluation.holdout_seed, exclude=outside,
+                rows,
+                share=share,
+                maximum=evaluation.holdout_max,
+                seed=evaluation.holdout_seed,
+                exclude=outside,
                 keep_copies=phase.deduplicate == "none",
-            )  # fmt: skip
+            )
         )
     for number, split in enumerate(splits):
         heldout += [(f"{number}:{i}:{row.line}", row.content) for i, row in enumerate(split.heldout)]
@@ -184,7 +189,9 @@ def with_replay(
     """The data with what is replayed mixed in."""
     replay = pool.replay
     mixed = add_replay(data.mixed, replayed, share=replay.share, append=replay.mode == "append", name=pool.name)
-    spec = replay.datasets[0].model_copy(update={"path": pool.name, "role": "replay"})
+    licences = {spec.license for spec in replay.datasets}
+    licence = licences.pop() if len(licences) == 1 else None
+    spec = replay.datasets[0].model_copy(update={"path": pool.name, "role": "replay", "license": licence})
     row = {
         **source_card(spec, replayed, data.tokenizer, language=recipe.source_language),
         "replay": {"kind": replay.kind, "share": replay.share, "mode": replay.mode, "seed": replay.seed, **about},
@@ -218,7 +225,9 @@ def measured_phase(recipe: Recipe) -> Phase:
 def screening(recipe: Recipe, phase: Phase, base_dir: Path | None, progress: Any) -> Screen:
     """The search for copies and for evaluation items in a phase's rows; see :func:`addlang.data.inspect.inspect`."""
     on_items: OnItems = "allow" if recipe.allow_contamination else "drop" if recipe.drop_contaminated else "error"
-    items = item_index(recipe.evaluation.model_dump_json(), recipe.language, base_dir)
+    files = [beside(task, base_dir) for task in recipe.evaluation.tasks]
+    stamps = tuple(file.stat().st_mtime_ns for file in files if file.is_file())
+    items = item_index(recipe.evaluation.model_dump_json(), recipe.language, base_dir, stamps)
     return functools.partial(
         inspect,
         deduplicate=phase.deduplicate,
@@ -231,8 +240,12 @@ def screening(recipe: Recipe, phase: Phase, base_dir: Path | None, progress: Any
 
 
 @functools.lru_cache(maxsize=2)
-def item_index(evaluation: str, target_language: str, base_dir: Path | None) -> ItemIndex:
-    """The texts that an evaluation (as JSON) asks for; all phases of a run search for the same ones."""
+def item_index(evaluation: str, target_language: str, base_dir: Path | None, stamps: tuple[int, ...]) -> ItemIndex:
+    """The texts that an evaluation (as JSON) asks for; all phases of a run search for the same ones.
+
+    Args:
+        stamps: when the task files were written, so that a changed one is read again.
+    """
     from addlang.evaluate.items import evaluation_texts
     from addlang.recipe import Evaluation
 

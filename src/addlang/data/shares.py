@@ -8,11 +8,33 @@ of XLM-R (Conneau et al. 2020) and mT5 (Xue et al. 2021), 0.3 in both.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from addlang.errors import AddlangError, did_you_mean
+
+if TYPE_CHECKING:
+    from addlang.recipe import Phase
+
+
+def phase_weights(phase: Phase, sizes: Sequence[int], languages: Sequence[str]) -> list[float | None]:
+    """Weights of a phase's data sets, with its temperature and the weights of languages worked in.
+
+    Args:
+        sizes: tokens per data set.
+        languages: per data set.
+    """
+    own = [spec.weight for spec in phase.datasets]
+    temperature = phase.sampling_temperature
+    if phase.language_weights or phase.sample_languages:
+        found = language_shares(sizes, own, languages, language_weights=phase.language_weights, temperature=temperature)
+    elif temperature != 1:
+        found = shares(sizes, own, temperature)
+    else:
+        return own
+    return [float(share) for share in found]
 
 
 def shares(sizes: ArrayLike, weights: Sequence[float | None], temperature: float = 1.0) -> NDArray[np.float64]:

@@ -12,6 +12,11 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+# scripts that write no spaces between words: Thai, Lao, Burmese, Khmer; kana, Chinese characters
+UNSPACED_LONG = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # a word has about four characters
+UNSPACED_SHORT = "\u3040-\u30ff\u3400-\u9fff"  # about two
+UNSPACED = UNSPACED_LONG + UNSPACED_SHORT
+
 WINDOW = 24  # characters; about four to five words of an alphabetic script
 _CHUNK = 1 << 20  # characters hashed at once
 _BITS = 22  # of the filter in front of the search
@@ -20,7 +25,7 @@ _MIX = np.uint64(0xBF58476D1CE4E5B9)
 
 
 @lru_cache(maxsize=1)
-def _ignored() -> re.Pattern[str]:
+def separators() -> re.Pattern[str]:
     """Punctuation, symbols and white space of all scripts. Not ``\\W``: that also drops vowel signs and tone marks."""
     ranges: list[list[int]] = []
     for code in range(sys.maxunicode + 1):
@@ -34,7 +39,7 @@ def _ignored() -> re.Pattern[str]:
 
 def normalise(text: str) -> str:
     """Composed, case-folded, without punctuation, symbols and white space; a text of nothing else stays as it is."""
-    return _ignored().sub("", unicodedata.normalize("NFC", text).casefold()) or text
+    return separators().sub("", unicodedata.normalize("NFC", text).casefold()) or text
 
 
 def content_hash(normalised: str, seed: int) -> int:
@@ -52,7 +57,7 @@ def _powers() -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
     return np.cumprod(base), np.cumprod(inverse)
 
 
-def _window_hashes(normalised: str) -> Iterator[NDArray[np.uint64]]:
+def window_hashes(normalised: str) -> Iterator[NDArray[np.uint64]]:
     """Hashes of all windows of ``WINDOW`` characters, in chunks; none if the text is shorter than a window."""
     powers, inverses = _powers()
     for begin in range(0, max(len(normalised) - WINDOW + 1, 0), _CHUNK):
@@ -74,7 +79,7 @@ class NearIndex:
 
     def __init__(self, normalised: Iterable[str], threshold: float) -> None:
         self.threshold = threshold
-        owned = [np.unique(np.concatenate([np.empty(0, np.uint64), *_window_hashes(text)])) for text in normalised]
+        owned = [np.unique(np.concatenate([np.empty(0, np.uint64), *window_hashes(text)])) for text in normalised]
         self._sizes = np.array([len(h) for h in owned], dtype=np.int64)
         hashes = np.concatenate([np.empty(0, np.uint64), *owned])
         order = np.argsort(hashes, kind="stable")
@@ -88,7 +93,7 @@ class NearIndex:
         if not len(self._hashes) or len(normalised) < WINDOW:
             return False
         total, found = 0, [np.empty(0, np.uint64)]
-        for hashes in _window_hashes(normalised):
+        for hashes in window_hashes(normalised):
             total += len(hashes)
             candidates = hashes[self._filter[hashes >> np.uint64(64 - _BITS)]]
             at = np.searchsorted(self._hashes, candidates)

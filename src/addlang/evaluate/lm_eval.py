@@ -15,6 +15,7 @@ import logging
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,25 @@ def run_tasks(
                 language=(languages or {}).get(name, "en"),
             )
     return found
+
+
+def documents(
+    name: str, *, limit: int | None = None, base_dir: Path | None = None
+) -> Iterator[tuple[str, int, Mapping[str, Any]]]:
+    """``(task, number from 0, columns)`` of everything that an entry is evaluated on; nothing is run.
+
+    Args:
+        name: of a harness task, group or tag, or the path of a task file.
+        limit: first documents of each task.
+
+    Raises:
+        AddlangError: see :func:`run_tasks`.
+    """
+    require()
+    with _undisturbed(0):
+        tasks = _load(name, file_of(name, base_dir))["tasks"]
+    for task in sorted(tasks):
+        yield from ((task, i, dict(row)) for i, row in enumerate(islice(tasks[task].eval_docs, limit)))
 
 
 def version() -> str:

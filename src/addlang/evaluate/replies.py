@@ -16,6 +16,7 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from addlang.data.similar import UNSPACED
 from addlang.evaluate.exact_match import chat_prompt
 from addlang.evaluate.generation import greedy, sample, stop_ids
 from addlang.evaluate.measurement import Item, Measurement, NotMeasuredError, NotRun, Outcome
@@ -28,8 +29,7 @@ MIN_WORDS = 3
 _BORDER = re.compile(r"(?<=[.!?؟۔])[\"'”’)\]]*\s+|(?<=[।॥።፧。！？])[\"'”’)\]]*\s*|\n+")
 _CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)  # a programming language is none of those we ask for
 _MARKUP = re.compile(r"^[\s>#*+\-–•|]*(?:\d+[.)]\s+)?|[*_|#]+", re.MULTILINE)
-# scripts that write no spaces between words: a letter says as much as about three Latin ones
-_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
+_UNSPACED = re.compile(f"[{UNSPACED}]")  # a letter says as much as about three Latin ones
 
 
 def sentences(text: str) -> list[str]:

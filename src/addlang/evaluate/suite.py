@@ -301,7 +301,7 @@ def _add_replies(
     source_language: str,
     base_dir: Path | None,
 ) -> None:
-    prompts = _prompts(spec, base_dir)
+    prompts = reply_prompts(spec, base_dir)
     settings: dict[str, Any] = {
         "expected": source_language,
         "max_new_tokens": spec.max_new_tokens,
@@ -314,7 +314,7 @@ def _add_replies(
     add("replies", run, replies.VERSION, replies.identifier_name(), settings, prompts)
 
 
-def _prompts(spec: RepliesEvaluation, base_dir: Path | None) -> list[tuple[str, str]]:
+def reply_prompts(spec: RepliesEvaluation, base_dir: Path | None) -> list[tuple[str, str]]:
     """(id, prompt) from a file with a column ``prompt`` or ``text``, or the built-in ones."""
     from addlang.data.builtin_sets import builtin
     from addlang.data.sources import read_rows
