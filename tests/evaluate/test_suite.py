@@ -118,7 +118,7 @@ def test_without_a_recipe_english_is_measured_on_the_built_in_set(model: Any, to
     (m,) = evaluate_model(model, suite)
     assert (m.task, m.role, m.language) == ("built-in text (en)", "source", "en")
     assert m.n >= 50
-    prompts = module._prompts(RepliesEvaluation(limit=7), None)
+    prompts = module.reply_prompts(RepliesEvaluation(limit=7), None)
     assert len(prompts) == 7
 
 
@@ -234,7 +234,7 @@ def test_prompts_may_stand_in_a_text_column_and_a_bad_file_is_named(tokenizer: A
     (tmp_path / "p.jsonl").write_text('{"question": "the cat"}\n')
     assert spec.replies is not None
     with pytest.raises(AddlangError, match=r"p\.jsonl.*'prompt'"):
-        module._prompts(spec.replies, tmp_path)
+        module.reply_prompts(spec.replies, tmp_path)
 
 
 def test_compare_makes_flat_rows_and_says_what_is_missing() -> None:
