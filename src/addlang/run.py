@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from addlang.evaluate.measurement import Measurement
     from addlang.freeze.plan import FreezePlan
     from addlang.guards import ActiveGuard
-    from addlang.train.loop import Schedule
+    from addlang.train.loop import Schedule, TrainingData
 
 
 def execute(recipe: Recipe, *, overwrite: bool = False, base_dir: Path | None = None) -> Path:
@@ -132,6 +132,7 @@ def adapt(
     from addlang.train.loop import Schedule, compute_dtype, train
     from addlang.train.memory import explain_out_of_memory
     from addlang.train.schedule import micro_batch
+    from addlang.train.self_paced import self_paced
 
     stored = Checkpoint(source)
     model_hash = world.agree(stored.hash if world.leads else "")
@@ -158,9 +159,15 @@ def adapt(
         planned = run.state.get("plan", {})
         run.update(plan={**planned, phase.name: {**planned.get(phase.name, {}), "execution": attached.execution}})
         seed = run.recipe.seed
+        source_of_batches: TrainingData = data
+        if phase.sampler is not None:
+            attached, source_of_batches = self_paced(
+                attached, data, phase, schedule, seed=seed, device=device, world=world
+            )
         result = train(
-            attached, data, phase, directory, device=device, schedule=schedule, seed=seed, guards=guards, world=world
-        )
+            attached, source_of_batches, phase, directory, device=device, schedule=schedule, seed=seed, guards=guards,
+            world=world,
+        )  # fmt: skip
     template = run.recipe.template_path(base_dir)
     export(stored, attached, plan, directory, world=world, chat_template=template)
     world.first(lambda: prove_phase(run, phase, source))

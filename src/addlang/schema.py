@@ -257,6 +257,30 @@ def _conditions(value: Any) -> Any:
     return [value] if isinstance(value, Mapping) else value
 
 
+class SelfPaced(Strict):
+    """From easy to hard, by the current model's own loss (X-CIT; Kumar et al., 2010)."""
+
+    name: Literal["self_paced"] = "self_paced"
+    start: float = Field(
+        0.4,
+        gt=0,
+        le=1,
+        description="share of the units, the easiest, in the first stage; 1 in the last (guide: 0.3 to 0.5)",
+    )
+    pacing: Literal["linear", "geometric", "root"] = Field("linear", description="how the share grows")
+    weights: Literal["hard", "linear"] = Field(
+        "hard",
+        description="of a unit of loss l: 1 if l < lambda; or max(0, 1 - l / lambda), by which its loss is multiplied",
+    )
+    update_every: int | None = Field(
+        None, gt=0, description="steps per stage: then every unit's loss is measured anew; None: a tenth of the phase"
+    )
+
+
+def _sampler(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
 class Replay(Strict):
     """Source-language conversations that are trained on beside a phase's data (two-phase paper, section 5.1)."""
 
@@ -335,6 +359,9 @@ class Phase(TrainSettings):
     )
     no_previous_weights: bool = Field(
         False, description="nothing may hold training to the weights or outputs that the phase starts from"
+    )
+    sampler: Annotated[SelfPaced | None, BeforeValidator(_sampler)] = Field(
+        None, description="self_paced, or a mapping with its options: data from easy to hard; None: in random order"
     )
     replay: Replay | None = Field(None, description="source-language conversations to train on beside the datasets")
     parts: tuple[Part, ...] = Field(

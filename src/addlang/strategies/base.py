@@ -191,6 +191,10 @@ class Attached:
         """A penalty added to the loss of each optimizer step, or None."""
         return None
 
+    def metrics(self) -> dict[str, float]:
+        """Numbers for ``metrics.jsonl``, where a step is logged."""
+        return {}
+
     def state_dict(self) -> dict[str, Tensor]:
         """Everything needed to continue exactly, by name; the masters of what is trained, no frozen weights."""
         return {n: p.detach() for n, p in self.named_trainable()}
@@ -240,6 +244,9 @@ class Around(Attached):
 
     def loss_term(self) -> Tensor | None:
         return self.inner.loss_term()
+
+    def metrics(self) -> dict[str, float]:
+        return self.inner.metrics()
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.inner.state_dict()

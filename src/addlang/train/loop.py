@@ -37,7 +37,8 @@ class TrainingData(Protocol):
     """What the loop reads: sequence ``k`` of the run, a pure function of ``k``."""
 
     def batch(self, first: int, count: int) -> dict[str, np.ndarray[Any, Any]]:
-        """``input_ids``, ``labels``, ``position_ids`` [count, L] of the sequences first .. first + count - 1."""
+        """``input_ids``, ``labels``, ``position_ids`` [count, L] of the sequences first .. first + count - 1, and perhaps
+        ``weights`` [count, L] of their labels."""
         ...
 
     def describe_rows(self, first: int, count: int) -> list[dict[str, Any]]:
@@ -138,7 +139,7 @@ def train(
         for step in range(done + 1, schedule.steps + 1):
             first = (step - 1) * schedule.batch
             arrays = own_rows(data, first, schedule.batch, world)
-            labels = int(world.total((arrays["labels"][:, 1:] != -100).sum())[0])
+            labels, mass = world.total(*label_mass(arrays))
             step_loss = torch.zeros((), dtype=torch.float64, device=device)
             # penalties are alike in all processes, so that averaging gradients over them changes nothing; they come
             # first because DDP exchanges gradients at the end of the last micro-batch
@@ -151,7 +152,7 @@ def train(
                 with accumulating(model, last=number == len(batches)):
                     with autocast():
                         loss_sum, _ = token_loss(model, batch)
-                        loss = loss_sum / max(labels, 1)
+                        loss = loss_sum / (mass or 1.0)
                     (loss * world.size).backward()  # gradients are averaged over the processes
                 step_loss += loss.detach()
             attached.before_clip(step)
@@ -168,7 +169,7 @@ def train(
             attached.after_step(step)
             scheduler.step()
             optimizer.zero_grad(set_to_none=True)
-            read = labels + sum(g.tokens(step) for g in guards)
+            read = int(labels) + sum(g.tokens(step) for g in guards)
             tokens += read
             window_tokens += read
             bar.update(step * schedule.batch * phase.sequence_length, loss=loss_value)
@@ -179,7 +180,7 @@ def train(
                     **({"guards": penalty} if guards else {}),
                     "learning_rate": rate, "grad_norm": norm,
                     "tokens_per_second": round(window_tokens / max(now - window_started, 1e-9), 1),
-                    "seconds": round(seconds + now - started, 3),
+                    "seconds": round(seconds + now - started, 3), **attached.metrics(),
                 }  # fmt: skip
                 log.write(row)
                 trackers.log(row)
@@ -199,6 +200,13 @@ def train(
     trackers.close()
     model.eval()
     return TrainResult(schedule.steps, tokens, seconds + time.monotonic() - started, loss_value)
+
+
+def label_mass(arrays: dict[str, np.ndarray[Any, Any]]) -> tuple[float, float]:
+    """Number of labels, and the sum of their weights, by which the loss is divided."""
+    carries = arrays["labels"][:, 1:] != -100
+    weights = arrays.get("weights")
+    return float(carries.sum()), float(carries.sum() if weights is None else weights[:, 1:][carries].sum(dtype=float))
 
 
 def own_rows(data: TrainingData, first: int, batch: int, world: World) -> dict[str, np.ndarray[Any, Any]]:

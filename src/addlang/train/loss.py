@@ -46,7 +46,8 @@ def token_loss(model: nn.Module, batch: Mapping[str, Tensor], *, chunk_tokens: i
     Args:
         model: a causal LM of transformers, also inside peft, DDP or FSDP2.
         batch: ``input_ids`` [B, T] and ``labels`` [B, T] (label of position t is predicted from t - 1, -100: no loss);
-            optional ``position_ids`` (restart them to isolate packed documents) and ``attention_mask``.
+            optional ``position_ids`` (restart them to isolate packed documents), ``attention_mask`` and ``weights`` [B, T],
+            by which each label's loss is multiplied.
         chunk_tokens: tokens that go through the head at a time; by default as many as 256 MiB of fp32 logits hold.
 
     Returns:
@@ -56,15 +57,14 @@ def token_loss(model: nn.Module, batch: Mapping[str, Tensor], *, chunk_tokens: i
     labels = batch["labels"][:, 1:]
     where = (labels != IGNORED).nonzero(as_tuple=True)
     targets = labels[where]
+    weights = None if batch.get("weights") is None else batch["weights"][:, 1:][where]
     inner = _inner(model)
-    if inner not in _forms:
-        _forms[inner] = _probe(inner, inputs)
-    form = _forms[inner]
-    head = _head(inner)
+    form, head = _form(inner, inputs), _head(inner)
     if form is None or head is None:
         logits = model(**inputs, use_cache=False).logits[where]
         wide = logits.double() if logits.dtype == torch.float64 else logits.float()
-        return nn.functional.cross_entropy(wide, targets, reduction="sum"), targets.numel()
+        each = nn.functional.cross_entropy(wide, targets, reduction="none")
+        return (each if weights is None else each * weights).sum(), targets.numel()
 
     steps = batch["labels"].shape[1]
     rows = where[0] * steps + where[1]  # positions in the flattened batch
@@ -73,7 +73,7 @@ def token_loss(model: nn.Module, batch: Mapping[str, Tensor], *, chunk_tokens: i
     def head_loss(head: nn.Linear, hidden: Tensor) -> Tensor:
         flat = hidden.reshape(-1, hidden.shape[-1])
         picked = flat if rows.numel() == flat.shape[0] else flat.index_select(0, rows)
-        settings = (form.softcap, form.scale, chunk_tokens)
+        settings = (form.softcap, form.scale, chunk_tokens, weights)
         loss.append(linear_cross_entropy(picked, head.weight, head.bias, targets, *settings))
         return loss[-1].detach().view(1, 1, 1)  # stands in for the logits: models go on to scale them
 
@@ -84,6 +84,39 @@ def token_loss(model: nn.Module, batch: Mapping[str, Tensor], *, chunk_tokens: i
     return (output.loss if output.loss.dtype == loss[-1].dtype else loss[-1]), targets.numel()
 
 
+@torch.no_grad()
+def token_losses(
+    model: nn.Module, batch: Mapping[str, Tensor], *, chunk_tokens: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The cross-entropy of every label on its own: (losses [n] fp32, rows [n], columns [n] of the labels in the batch)."""
+    inputs = {k: batch[k] for k in INPUTS if batch.get(k) is not None}
+    labels = batch["labels"][:, 1:]
+    where = (labels != IGNORED).nonzero(as_tuple=True)
+    targets, steps = labels[where], batch["labels"].shape[1]
+    inner = _inner(model)
+    form, head = _form(inner, inputs), _head(inner)
+    if form is None or head is None:
+        logits = model(**inputs, use_cache=False).logits[where].float()
+        return nn.functional.cross_entropy(logits, targets, reduction="none"), where[0], where[1] + 1
+    out: list[Tensor] = []
+
+    def each(head: nn.Linear, hidden: Tensor) -> Tensor:
+        picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, where[0] * steps + where[1])
+        chunk = chunk_tokens or max(128, CHUNK_ELEMENTS // head.weight.shape[0])
+        for i in range(0, max(len(targets), 1), chunk):
+            logits = nn.functional.linear(picked[i : i + chunk], head.weight, head.bias)
+            if form.softcap is not None:
+                logits = (logits / form.softcap).tanh() * form.softcap
+            out.append(
+                nn.functional.cross_entropy((logits * form.scale).float(), targets[i : i + chunk], reduction="none")
+            )
+        return hidden[..., :1]  # stands in for the logits
+
+    with _head_replaced(head, each):
+        model(**inputs, use_cache=False, return_dict=True)
+    return torch.cat(out), where[0], where[1] + 1
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -92,6 +125,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     scale: float = 1.0,
     chunk_tokens: int | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Sum of ``cross_entropy(scale * cap(hidden @ weight.T + bias), targets)``.
 
@@ -102,6 +136,7 @@ def linear_cross_entropy(
         targets: int64 [n].
         softcap: the output is first mapped to ``softcap * tanh(output / softcap)`` (Gemma 2).
         chunk_tokens: rows of ``hidden`` per chunk.
+        weights: [n], of every row in the sum.
     """
     if chunk_tokens is None:
         chunk_tokens = max(128, CHUNK_ELEMENTS // weight.shape[0])
@@ -110,7 +145,7 @@ def linear_cross_entropy(
     if torch.is_autocast_enabled(device) and compute != torch.float64:
         compute = torch.get_autocast_dtype(device)
     loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, targets, softcap, scale, chunk_tokens, compute
+        hidden, weight, bias, targets, softcap, scale, chunk_tokens, compute, weights
     )
     return loss
 
@@ -129,6 +164,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scale: float,
         chunk: int,
         compute: torch.dtype,
+        weights: Tensor | None,
     ) -> Tensor:
         want_h, want_w, want_b = ctx.needs_input_grad[:3]
         n = hidden.shape[0]
@@ -153,10 +189,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 p = torch.log_softmax(z, -1, dtype=wide)
                 del z
                 picked = p.gather(1, t)
-                total -= picked.sum()
+                v = None if weights is None else weights[i : i + chunk].to(wide).unsqueeze(1)
+                total -= picked.sum() if v is None else (picked * v).sum()
                 if not (want_h or want_w or want_b):
                     continue
                 p = p.exp_().scatter_(1, t, picked.exp_().sub_(1.0))  # d loss / d logits
+                if v is not None:
+                    p.mul_(v)
                 if scale != 1.0:
                     p.mul_(scale)
                 if tanh is not None:
@@ -187,7 +226,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             raise RuntimeError("the token loss was backpropagated a second time; the first has used its gradients up")
         gradients, ctx.gradients = ctx.gradients, None
         # a 0-dim factor keeps each gradient's type
-        return (*(None if g is None else g.mul_(grad) for g in gradients), None, None, None, None, None)
+        return (*(None if g is None else g.mul_(grad) for g in gradients), None, None, None, None, None, None)
 
 
 def _inner(model: nn.Module) -> Any:
@@ -207,6 +246,13 @@ def _head(inner: Any) -> nn.Linear | None:
         head = head.modules_to_save[head.active_adapters[0]] if head.active_adapters else head.original_module
     plain = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
     return head if plain else None
+
+
+def _form(inner: Any, inputs: Mapping[str, Tensor]) -> _Form | None:
+    """What :func:`_probe` found out about a model, once."""
+    if inner not in _forms:
+        _forms[inner] = _probe(inner, inputs)
+    return _forms[inner]
 
 
 def _probe(inner: Any, inputs: Mapping[str, Tensor]) -> _Form | None:
