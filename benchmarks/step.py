@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-MODES = ("full", "masked", "split_assemble", "split_resident")
+MODES = ("full", "masked", "split_assemble", "split_resident", "shared_assemble", "shared_resident")
 PRESETS: dict[str, dict[str, int]] = {
     # 97.5 M, 84.9 M of them in linear layers
     "100m": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12,
@@ -60,18 +60,28 @@ def build(preset: str, device: str, sequence_length: int, precision: str) -> Any
     return model.train()
 
 
-def half_of_the_columns(model: Any) -> Any:
-    """Half of the columns of every linear layer but the head, as SSU freezes; half of every vector."""
+def half_of_the_columns(model: Any, share: bool = False) -> Any:
+    """Half of the columns of every linear layer but the head, as SSU freezes; half of every vector.
+
+    Args:
+        share: the same columns for q, k and v, and for gate and up (``share_columns``).
+    """
     import torch
 
     from addlang.freeze.plan import FreezePlan, Frozen
+    from addlang.models import same_input
 
+    groups = same_input(n for n, _ in model.named_parameters()) if share else {}
+    drawn: dict[str, Any] = {}
     g = torch.Generator().manual_seed(0)
     outside = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
     entries = {}
     for name, p in model.named_parameters():
         shape = tuple(p.shape)
-        index = torch.randperm(shape[-1], generator=g)[: shape[-1] // 2].sort().values
+        first = groups.get(name, (name,))[0]
+        if first not in drawn:
+            drawn[first] = torch.randperm(shape[-1], generator=g)[: shape[-1] // 2].sort().values
+        index = drawn[first]
         entries[name] = Frozen(shape, "none") if id(p) in outside else Frozen(shape, "columns", index)
     return FreezePlan(entries)
 
@@ -91,11 +101,11 @@ class Step:
         model = build(args.preset, args.device, args.sequence_length, args.precision)
         if args.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        plan = half_of_the_columns(model)
+        plan = half_of_the_columns(model, share=args.mode.startswith("shared"))
         if args.mode == "full":
             self.attached = attach_plan(model, FreezePlan.empty(model), "masked")
         else:
-            self.attached = attach_plan(model, plan, args.mode)
+            self.attached = attach_plan(model, plan, args.mode.replace("shared", "split"))
         self.model = model
         on_gpu = args.device == "cuda"
         groups = self.attached.param_groups(0.01)
@@ -261,7 +271,7 @@ def main() -> None:
     parser.add_argument("--sequence_length", type=int, default=512)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES[:4])
     parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=("fp32", "bf16"))
     parser.add_argument("--checkpointings", nargs="+", choices=("off", "on"), default=("off", "on"))
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
