@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 
 from addlang.report import numbers
+from addlang.report.datacard import detected, licence, overlap
 from addlang.report.files import RunData, read_run, write_text
-from addlang.report.html import licence
 from addlang.report.method import method_of
 from addlang.report.verdict import ROLES, proof_sentence, proof_totals, reply_metric, role_name, rows_of, verdict_of
 
@@ -117,7 +117,7 @@ def _comparison(run: RunData) -> str:
 
 
 def _data(run: RunData) -> str:
-    rows = []
+    rows, notes = [], []
     for phase, card in (run.state.get("data") or {}).items():
         for s in card.get("sources") or []:
             rows.append(
@@ -128,11 +128,14 @@ def _data(run: RunData) -> str:
                     licence(s),
                     numbers.integer(s.get("documents", s.get("rows"))),
                     numbers.integer(s.get("tokens")),
+                    detected(s),
                 ]
             )
+        notes += [f"{escape(phase)}: {escape(text)}" for text in [overlap(card)] if text]
     if not rows:
         return "No data card was written."
-    return _table(["phase", "source", "role", "licence", "documents", "tokens"], rows)
+    table = _table(["phase", "source", "role", "licence", "documents", "tokens", "languages detected"], rows)
+    return "\n\n".join([table, *notes])
 
 
 def _proof(run: RunData) -> str:

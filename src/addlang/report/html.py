@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from addlang.progress import duration
-from addlang.report import figures, numbers
+from addlang.report import datacard, figures, numbers
 from addlang.report.analyses import analyses_of
 from addlang.report.files import Comparison, RunData, read_run, write_text
 from addlang.report.method import method_of
@@ -261,41 +261,24 @@ def _proof_phases(run: RunData) -> list[dict[str, Any]]:
 
 
 def _data(run: RunData) -> list[dict[str, Any]]:
-    columns = ["source", "role", "licence", "documents", "duplicates left out", "bytes", "tokens", "epochs"]
     cards = []
     for phase, card in (run.state.get("data") or {}).items():
-        rows = []
-        for s in card.get("sources") or []:
-            epochs = s.get("epochs")
-            rows.append(
-                [
-                    str(s.get("path")),
-                    str(s.get("role") or "-"),
-                    licence(s),
-                    numbers.integer(s.get("documents", s.get("rows"))),
-                    numbers.integer(s.get("duplicates")),
-                    numbers.integer(s.get("bytes")),
-                    numbers.integer(s.get("tokens")),
-                    f"{epochs:.2f}" if isinstance(epochs, int | float) else "-",
-                ]
-            )
         heldout = ", ".join(
             f"{numbers.integer(v)} {k}"
             for k, v in (card.get("heldout") or {}).items()
             if isinstance(v, int | float) and v
         )
-        cards.append({"phase": phase, "columns": columns, "rows": rows, "heldout": heldout})
+        cards.append(
+            {
+                "phase": phase,
+                "amounts": datacard.amounts(card),
+                "contents": datacard.contents(card),
+                "heldout": heldout,
+                "languages": datacard.language_shares(card),
+                "overlap": datacard.overlap(card),
+            }
+        )
     return cards
-
-
-def licence(source: dict[str, Any]) -> str:
-    """Licence of a data source as it was given; ``not stated`` otherwise."""
-    given = source.get("licenses") or source.get("license")
-    if isinstance(given, dict):
-        return ", ".join(f"{name} ({numbers.integer(n)})" if len(given) > 1 else str(name) for name, n in given.items())
-    if isinstance(given, list | tuple):
-        return ", ".join(map(str, given))
-    return str(given) if given else "not stated"
 
 
 def reproduce(run: RunData) -> list[str]:
