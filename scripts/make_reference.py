@@ -11,6 +11,7 @@ from pydantic_core import PydanticUndefined
 
 from addlang.cli import app
 from addlang.recipe import Calibration, DatasetSpec, Evaluation, Phase, Recipe, RepliesEvaluation
+from addlang.schema import Condition, Replay, SelfPaced
 from addlang.strategies import Strategy, available, load_strategy
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "reference.md"
@@ -19,6 +20,9 @@ PARTS: list[tuple[str, type, str]] = [
     ("Phase", Phase, "Data, strategy and training. Defaults are those of Table 8 of the SSU paper."),
     ("Data set", DatasetSpec, "An item of `datasets`."),
     ("Calibration", Calibration, "`calibration`: what importance is scored on."),
+    ("Condition", Condition, "An item of `continue_if` of a phase."),
+    ("Replay", Replay, "`replay` of a phase. See [two-phase tuning](two-phase.md)."),
+    ("Sampler", SelfPaced, "`sampler` of a phase."),
     ("Evaluation", Evaluation, "`evaluation`: what is measured before and after."),
     ("Replies", RepliesEvaluation, "`evaluation.replies`."),
 ]
@@ -89,7 +93,13 @@ def _short(value: Any) -> str:
 
 
 def _type(annotation: Any) -> str:
-    text = str(annotation).replace("typing.", "").replace("addlang.recipe.", "").replace("addlang.schema.", "").replace("NoneType", "None")
+    text = (
+        str(annotation)
+        .replace("typing.", "")
+        .replace("addlang.recipe.", "")
+        .replace("addlang.schema.", "")
+        .replace("NoneType", "None")
+    )
     if text.startswith("<class '"):
         text = text[8:-2]
     return "`" + text.split(", BeforeValidator")[0].replace("Annotated[", "").replace("|", "or") + "`"

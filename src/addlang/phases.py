@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import warnings
@@ -93,7 +94,11 @@ def judge(rows: Sequence[Mapping[str, Any]], condition: Condition, model: str) -
         unit = reference = float(find_result(rows, condition.metric, condition.relative_to)["value"])
     low = None if condition.at_least is None else condition.at_least * unit
     high = None if condition.at_most is None else condition.at_most * unit
-    holds = (low is None or value >= low) and (high is None or value <= high)
+    holds = all(
+        math.isclose(value, bound) or (value > bound) == above
+        for bound, above in ((low, True), (high, False))
+        if bound is not None
+    )
     about = condition.model_dump(mode="json", exclude_none=True)
     return {**about, "model": model, "value": value, "reference": reference, "low": low, "high": high, "holds": holds}
 

@@ -10,7 +10,20 @@ from pydantic import BaseModel, ValidationError
 
 from addlang.errors import AddlangError, did_you_mean
 from addlang.recipe import Recipe
-from addlang.schema import ALIASES, Calibration, DatasetSpec, Evaluation, Phase, RepliesEvaluation, beside, parse_list
+from addlang.schema import (
+    ALIASES,
+    Calibration,
+    Condition,
+    DatasetSpec,
+    Evaluation,
+    Part,
+    Phase,
+    Replay,
+    RepliesEvaluation,
+    SelfPaced,
+    beside,
+    parse_list,
+)
 
 
 def conflicts(data: Mapping[str, Any], flat: bool) -> Iterator[str]:
@@ -112,6 +125,10 @@ _MODELS: dict[str, type[BaseModel]] = {
     "evaluation": Evaluation,
     "replies": RepliesEvaluation,
     "phases": Phase,
+    "continue_if": Condition,
+    "sampler": SelfPaced,
+    "replay": Replay,
+    "parts": Part,
 }
 
 

@@ -14,6 +14,7 @@ from addlang.report import numbers
 from addlang.report.datacard import detected, licence, overlap
 from addlang.report.files import RunData, read_run, write_text
 from addlang.report.method import method_of
+from addlang.report.phases import phase_notes
 from addlang.report.verdict import ROLES, proof_sentence, proof_totals, reply_metric, role_name, rows_of, verdict_of
 
 CARD = "README.md"
@@ -80,6 +81,7 @@ def _method(run: RunData) -> str:
         lines.append(
             f"- **{escape(p.get('name'))}**: {escape(m['strategy'])}{summary}. Paper: {escape(m['paper'])}. {options}."
         )
+        lines += [f"  {escape(note)}" for note in phase_notes(run, str(p.get("name")))]
     return "\n".join([lines[0], "", *lines[1:]]) if lines[1:] else lines[0]
 
 

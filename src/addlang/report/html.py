@@ -19,6 +19,7 @@ from addlang.report import datacard, figures, numbers
 from addlang.report.analyses import analyses_of
 from addlang.report.files import Comparison, RunData, read_run, write_text
 from addlang.report.method import method_of
+from addlang.report.phases import phase_notes
 from addlang.report.samples import chosen_samples
 from addlang.report.svg import Canvas, Figure
 from addlang.report.tiles import tiles_of
@@ -225,11 +226,13 @@ def _phases(run: RunData) -> list[dict[str, Any]]:
             figures.curve(rows, "learning_rate", "learning rate", 170, share=3),
             figures.curve(rows, "grad_norm", "gradient norm", 170, share=3),
             figures.curve(rows, "tokens_per_second", "tokens per second", 170, share=3),
+            figures.curve(rows, "sampler_rate", "share of the data in use", 170, share=3),
         ]
         phases.append(
             {
                 "name": name,
                 **method_of(run, name, recipe),
+                "notes": phase_notes(run, name),
                 "loss": figures.curve(rows, "loss", "loss (nats per token)", 260, smooth=True),
                 "details": [f for f in small if f is not None],
             }

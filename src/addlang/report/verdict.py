@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from addlang.report import numbers
 from addlang.report.files import Comparison, RunData, read_run
+from addlang.report.phases import stopped_sentence
 
 Outcome = Literal["better", "worse", "unclear", "no interval", "not run"]
 BITS = "bits_per_byte"
@@ -128,6 +129,8 @@ def verdict_of(run: RunData) -> str:
         parts.insert(0, proof_sentence(proof))
     else:
         parts.append(proof_sentence(proof))
+    if stopped := stopped_sentence(run):
+        parts.insert(0, stopped)
     if not finished(run):
         parts.insert(0, f"this run is not finished (status: {run.state.get('status') or 'unknown'})")
     text = "; ".join(parts) + "."
