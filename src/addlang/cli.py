@@ -14,6 +14,7 @@ import typer
 
 from addlang.commands.analyze import analyze
 from addlang.commands.common import EXTRA, Json, OutputDir, Overwrite, emit, parse_overrides, quiet, split_arguments
+from addlang.commands.data import data_app
 from addlang.commands.lab import lab_app
 from addlang.commands.merge import merge_app, show_merge_proof
 from addlang.commands.sweep import sweep
@@ -28,6 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(lab_app, name="lab")
+app.add_typer(data_app, name="data")
 app.add_typer(merge_app, name="merge")
 app.command(context_settings=EXTRA)(sweep)
 app.command(context_settings=EXTRA)(analyze)

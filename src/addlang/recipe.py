@@ -29,9 +29,9 @@ from addlang.schema import (
     RepliesEvaluation,
     Strict,
     TrainSettings,
-    beside,
     parse_count,
     parse_list,
+    template_file,
 )
 
 __all__ = [
@@ -88,11 +88,7 @@ class Recipe(Strict):
 
     def template_path(self, base_dir: Path | None) -> Path | None:
         """The chat template's file: a built-in one, or the recipe's own."""
-        from addlang.data.builtin_sets import builtin_template
-
-        if self.chat_template is None:
-            return None
-        return builtin_template(self.chat_template) or beside(self.chat_template, base_dir)
+        return template_file(self.chat_template, base_dir)
 
     @property
     def budget(self) -> int | str | None:

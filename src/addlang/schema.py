@@ -454,6 +454,13 @@ class Evaluation(Strict):
     )
 
 
+def template_file(name: str | None, base_dir: Path | None) -> Path | None:
+    """File of a chat template: a built-in one, or one beside the recipe."""
+    from addlang.data.builtin_sets import builtin_template
+
+    return None if name is None else builtin_template(name) or beside(name, base_dir)
+
+
 def beside(path: str, base_dir: Path | None) -> Path:
     """A path of the recipe, relative to the recipe's directory."""
     return (base_dir or Path()) / Path(path).expanduser()

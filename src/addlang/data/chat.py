@@ -171,7 +171,7 @@ def encode_conversation(messages: Sequence[Message], tokenizer: Any, *, loss_on:
         text, spans = _render_with_spans(messages, tokenizer, template)
     else:
         text, spans = _spans_from_prefixes(messages, tokenizer)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids = list(encoded["input_ids"])
     loss = _mark(encoded["offset_mapping"], spans)
     _mark_ends_of_turns(ids, loss, tokenizer, ends_in_answer=bool(messages) and messages[-1]["role"] == "assistant")

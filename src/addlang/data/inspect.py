@@ -161,8 +161,11 @@ def _search(
 def _judge(found: Sequence[Overlap], rows: int, on_items: OnItems) -> None:
     if not rows:
         return
-    lines = "\n".join(f"  {overlap.describe()}" for overlap in found[:SHOWN])
-    more = "\n  ..." if len(found) > SHOWN else ""
+    pairs = list({(o.file, o.row, o.task, o.item): o for o in reversed(found)}.values())[
+        ::-1
+    ]  # the first field of each
+    lines = "\n".join(f"  {overlap.describe()}" for overlap in pairs[:SHOWN])
+    more = "\n  ..." if len(pairs) > SHOWN else ""
     message = f"{rows} training row(s) contain evaluation items:\n{lines}{more}"
     if on_items == "error":
         raise AddlangError(

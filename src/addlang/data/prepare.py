@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 
 from addlang.data.cache import fingerprint
 from addlang.data.card import source_card
+from addlang.data.chat import LossOn
 from addlang.data.contamination import ItemIndex
 from addlang.data.holdout import split_holdout
 from addlang.data.inspect import OnItems, Screen, inspect
 from addlang.data.mixing import Mixed, add_replay, mix
 from addlang.data.mixture import Mixture
-from addlang.data.packing import Packed, pack_conversations, pack_texts
+from addlang.data.packing import Long, Packed, pack_conversations, pack_texts
 from addlang.data.replay import Pool, english_replay, wanted_tokens
 from addlang.data.shares import phase_weights
 from addlang.data.sources import Row, read_rows
@@ -148,7 +149,16 @@ def prepare(
         chat = next(iter(reads[number])).messages is not None
         left_out = inspected.fingerprints[number]
         settings = {"identity": reads[number].identity(), "split": splits[number].fingerprint, "left_out": left_out}
-        pack = pack_rows(inspected.rows[number], tokenizer, phase, settings, chat=chat, progress=progress)
+        pack = pack_rows(
+            inspected.rows[number],
+            tokenizer,
+            settings,
+            chat=chat,
+            sequence_length=phase.sequence_length,
+            loss_on=phase.loss_on,
+            long=phase.long_conversations,
+            progress=progress,
+        )
         packed.append(pack)
         language = spec.language or (recipe.language if spec.role == "target" else recipe.source_language)
         sources.append(source_card(spec, pack, tokenizer, language=language))
@@ -254,17 +264,25 @@ def item_index(evaluation: str, target_language: str, base_dir: Path | None, sta
 
 
 def pack_rows(
-    rows: Iterable[Row], tokenizer: Any, phase: Phase, settings: dict[str, Any], *, chat: bool, progress: Any = None
+    rows: Iterable[Row],
+    tokenizer: Any,
+    settings: dict[str, Any],
+    *,
+    chat: bool,
+    sequence_length: int,
+    loss_on: LossOn = "responses",
+    long: Long = "drop",
+    progress: Any = None,
 ) -> Packed:
-    """Pack the rows of one source as the phase says."""
+    """Pack the rows of one source, raw text or conversations; ``settings`` say what the rows are."""
     common: dict[str, Any] = {
-        "sequence_length": phase.sequence_length,
+        "sequence_length": sequence_length,
         "cache_dir": cache_root() / "packed",
         "fingerprint_parts": [settings],
         "progress": progress,
     }
     if chat:
-        return pack_conversations(rows, tokenizer, loss_on=phase.loss_on, long=phase.long_conversations, **common)
+        return pack_conversations(rows, tokenizer, loss_on=loss_on, long=long, **common)
     return pack_texts(rows, tokenizer, **common)
 
 
