@@ -227,3 +227,26 @@ def test_a_cache_without_its_last_file_counts_as_absent(tmp_path: Path) -> None:
     assert np.array_equal(found[0].logp, active.teacher.logp)
     (tmp_path / "t" / "about.json").unlink()
     assert Teacher.load(tmp_path / "t") is None
+
+
+def test_skipped_instructions_and_full_openings_are_left_out_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = Writer(["sort the words #", "count the fish #", "what is it #"], ["sat #"])
+    monkeypatch.setattr("addlang.evaluate.generation.sample", writer)
+    options = {"conversations": 8, **LOOSE, "skip": ["^count"], "max_per_opening": 4}
+    about = make_guard("self_anchor", options).start(context(make_model("llama"), tmp_path)).describe()
+    assert about["sampled_dropped"]["skipped"] > 0
+    assert about["sampled_dropped"]["opening that others have"] > 0
+    assert (about["sampled_openings"], about["sampled_largest_opening"]) == (2, 0.5)
+
+
+def test_a_skip_that_finds_nothing_or_is_no_expression_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("addlang.evaluate.generation.sample", Writer(["sort the words #"], ["sat #"]))
+    guard = make_guard("self_anchor", {"conversations": 8, **LOOSE, "skip": ["translate"]})
+    with pytest.raises(AddlangError, match="'translate' is found in none"):
+        guard.start(context(make_model("llama"), tmp_path))
+    with pytest.raises(AddlangError, match="no regular expression"):
+        make_guard("self_anchor", {"skip": ["("]})

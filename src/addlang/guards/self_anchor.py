@@ -8,10 +8,11 @@ data, no judge, and no second model in memory.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from addlang.errors import AddlangError
 from addlang.guards.base import ActiveGuard, Guard, GuardContext
@@ -50,6 +51,23 @@ class SelfAnchor(Guard):
     language_filter: bool = Field(
         False, description="drop conversations that py3langid does not call the source language"
     )
+    skip: tuple[str, ...] = Field(
+        (),
+        description="regular expressions: an instruction in which one is found is left out (to test abilities uncovered)",
+    )
+    max_per_opening: int | None = Field(
+        None, gt=0, description="keep at most this many conversations that open with the same three words; None: any"
+    )
+
+    @field_validator("skip")
+    @classmethod
+    def _expressions(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in value:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"'{pattern}' is no regular expression: {error}") from None
+        return value
 
     @property
     def token_share(self) -> float:
@@ -100,6 +118,8 @@ def sample_conversations(guard: SelfAnchor, context: GuardContext) -> tuple[list
     kept: list[list[int]] = []
     seen: set[str] = set()
     dropped: Counter[str] = Counter()
+    openings: Counter[str] = Counter()
+    skipped = Counter(dict.fromkeys(guard.skip, 0))
     drawn, block = 0, 0
     settings: dict[str, Any] = {
         "temperature": guard.sampling_temperature,
@@ -128,6 +148,11 @@ def sample_conversations(guard: SelfAnchor, context: GuardContext) -> tuple[list
             reason = _unusable(ids, text, guard.max_instruction_tokens, special)
             if reason is None and text in seen:
                 reason = "repeated instruction"
+            if reason is None and (found := [pattern for pattern in guard.skip if re.search(pattern, text)]):
+                reason = "skipped"
+                skipped.update(found)
+            if reason is None and openings[opening(text)] >= (guard.max_per_opening or guard.conversations):
+                reason = "opening that others have"
             if reason is not None:
                 dropped[reason] += 1
                 continue
@@ -161,9 +186,28 @@ def sample_conversations(guard: SelfAnchor, context: GuardContext) -> tuple[list
             if len(whole) > context.sequence_length:
                 dropped["longer than sequence_length"] += 1
                 continue
+            if openings[opening(text)] >= (guard.max_per_opening or guard.conversations):
+                dropped["opening that others have"] += 1
+                continue
+            openings[opening(text)] += 1
             kept.append(whole)
         context.progress(min(len(kept), guard.conversations), guard.conversations, "sampling conversations")
-    return kept[: guard.conversations], {"conversations": guard.conversations, "drawn": drawn, "dropped": dict(dropped)}
+    if idle := [pattern for pattern, count in skipped.items() if not count]:
+        raise AddlangError(
+            f"self_anchor: skip: '{idle[0]}' is found in none of {drawn} sampled instructions", "mend it"
+        )
+    return kept[: guard.conversations], {
+        "conversations": guard.conversations,
+        "drawn": drawn,
+        "dropped": dict(dropped),
+        "openings": len(openings),
+        "largest_opening": max(openings.values()) / sum(openings.values()),
+    }
+
+
+def opening(text: str) -> str:
+    """The first three words, by which samples are told to be alike."""
+    return " ".join(re.findall(r"\w+", text.lower())[:3])
 
 
 def _unusable(ids: list[int], text: str, limit: int, special: set[int]) -> str | None:

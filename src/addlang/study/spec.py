@@ -25,7 +25,7 @@ def _several(value: Any) -> Any:
 
 
 class Study(Strict):
-    """A grid of ordinary recipes and how they are compared."""
+    """A grid of ordinary recipes and how they are compared. ``extends: FILE`` lays a study over another beside it."""
 
     title: str | None = Field(None, description="heading of the report")
     output_dir: str = Field(description="the runs, their data cache and the report go here")
@@ -104,19 +104,7 @@ def load_study(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None
         AddlangError: every problem of the file, each with its key.
     """
     path = Path(path)
-    try:
-        data = strictyaml.read(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        near = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        raise AddlangError(
-            f"study '{path}' does not exist", did_you_mean(path.name, near) if near else "check the path"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise AddlangError(f"study '{path}' cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise AddlangError(f"study '{path}' is no valid YAML: {error}") from error
-    if not isinstance(data, dict):
-        raise AddlangError(f"study '{path}' must be a mapping of keys to values")
+    data = _read(path)
     if "arms" not in data:
         raise AddlangError(f"study '{path}' has no 'arms'", "a recipe is carried out with addlang run")
     for key, value in (overrides or {}).items():
@@ -144,6 +132,34 @@ def load_study(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None
     return study
 
 
+def _read(path: Path, inside: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A study file laid over the one that it ``extends``."""
+    if path.resolve() in inside:
+        raise AddlangError(f"study '{path}' extends itself")
+    try:
+        data = strictyaml.read(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        raise AddlangError(
+            f"study '{path}' does not exist", did_you_mean(path.name, near) if near else "check the path"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise AddlangError(f"study '{path}' cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise AddlangError(f"study '{path}' is no valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise AddlangError(f"study '{path}' must be a mapping of keys to values")
+    if (base := data.pop("extends", None)) is None:
+        return data
+    if not isinstance(base, str):
+        raise AddlangError(f"study '{path}': 'extends' must name a file beside it")
+    below = path.parent / base
+    if below.parent.resolve() != path.parent.resolve():  # relative paths in it would mean other files
+        raise AddlangError(f"study '{path}' extends '{base}'", "the two files must lie in one directory")
+    merged: dict[str, Any] = overlay(_read(below, (*inside, path.resolve())), data)
+    return merged
+
+
 def _put(data: dict[str, Any], key: str, value: Any) -> None:
     *parents, last = key.split(".")
     for part in parents:
@@ -162,8 +178,11 @@ def overlay(base: Any, top: Any) -> Any:
     return {**base, **{key: overlay(base[key], value) if key in base else value for key, value in top.items()}}
 
 
-def cells(study: Study, base_dir: Path) -> dict[Cell, dict[str, Any]]:
+def cells(study: Study, base_dir: Path, *, files: bool = True) -> dict[Cell, dict[str, Any]]:
     """Every run with its recipe as plain data; runs that share a seed stand together.
+
+    Args:
+        files: also check that every local file exists.
 
     Raises:
         AddlangError: a recipe is wrong (naming its arm), budgets differ, or two runs would share a directory.
@@ -194,7 +213,7 @@ def cells(study: Study, base_dir: Path) -> dict[Cell, dict[str, Any]]:
             if rate is not None:
                 data = _with_rate(data, rate)
             where = f"arm '{arm}'" + (f" ({', '.join(setting)})" if setting else "")
-            recipe = Recipe.parse(data, where=where, files=(setting, arm) not in checked, base_dir=base_dir)
+            recipe = Recipe.parse(data, where=where, files=files and (setting, arm) not in checked, base_dir=base_dir)
             checked.add((setting, arm))
             budgets.setdefault(setting, {})[arm] = recipe.budget
             out[cell] = data
