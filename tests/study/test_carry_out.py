@@ -1,0 +1,106 @@
+"""A whole study through the command line: runs, tables, report, resume, failures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from addlang.cli import app
+from addlang.errors import AddlangError
+from addlang.run import execute
+from addlang.study import carry_out
+from addlang.study.spec import load_study
+from tinyrun import World
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("world"))
+
+
+def write(world: World, path: Path, **changes: Any) -> Path:
+    recipe = world.data(path, strategy=None, seed=None, tokens=512)
+    recipe.pop("output_dir", None)
+    recipe["evaluation"]["scale_back"] = [0.5]
+    data = {
+        "output_dir": str(path / "out"), "recipe": recipe, "arms": {"full": {"strategy": "full"}, "SSU": {"strategy": "ssu"}},
+        "learning_rates": [1e-3, 1e-2], "seeds": [0, 1], "keep_weights": False, **changes,
+    }  # fmt: skip
+    file = path / "study.yaml"
+    file.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(autouse=True)
+def in_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The same runs without a pool of processes."""
+
+    def sweep(todo: Any, *, on_error: Any, base_dir: Path, **_: Any) -> Any:
+        from addlang.recipe import Recipe
+
+        for key, data in todo:
+            try:
+                yield key, execute(Recipe.parse(data), base_dir=base_dir)
+            except AddlangError as error:
+                on_error(key, error)
+
+    monkeypatch.setattr("addlang.sweep.sweep", sweep)
+    monkeypatch.setenv("ADDLANG_CACHE", str(tmp_path / "cache"))
+
+
+def test_a_study_runs_reports_and_continues(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(world, tmp_path)
+    done = CliRunner().invoke(app, ["sweep", str(file), "--json"])
+    assert done.exit_code == 0, done.output
+    out = tmp_path / "out"
+    result = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    (setting,) = result["settings"]
+    assert [(r["arm"], r["learning_rate"], r["seeds"]) for r in setting["rows"]] == [
+        (arm, rate, 2) for arm in ("full", "full x 0.5", "SSU", "SSU x 0.5") for rate in (1e-3, 1e-2)
+    ]
+    rows = {(r["arm"], r["learning_rate"]): r for r in setting["rows"]}
+    assert 0 < rows["full x 0.5", 1e-2]["gained"][0] < rows["full", 1e-2]["gained"][0]
+    assert {r["tokens"] <= 512 for r in setting["rows"]} == {True}
+    assert all(r["proof_ok"] for r in result["runs"])
+    assert {row["arm"] for row in setting["equal_gain"]} == {"SSU", "full x 0.5", "SSU x 0.5"}
+    assert not list(out.rglob("model*.safetensors"))
+    html = (out / "report.html").read_text(encoding="utf-8")
+    assert "At equal gain" in html
+    assert "SSU x 0.5" in html
+    table = (out / "table.md").read_text(encoding="utf-8")
+    assert "| SSU | 1e-2 |" in table
+    assert "addlang sweep study.yaml" in table
+
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a finished run was started again")
+
+    monkeypatch.setattr("addlang.sweep.sweep", never)
+    again = CliRunner().invoke(app, ["sweep", str(file), "--only", "SSU", "--only", "seed=1"])
+    assert again.exit_code == 0, again.output
+    assert "at equal gain" not in again.output.lower()  # the reference was not chosen
+    assert "SSU x 0.5" in again.output
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on(world: World, tmp_path: Path) -> None:
+    long = {"strategy": "full", "sequence_length": 4096}
+    file = write(world, tmp_path, arms={"long": long, "full": {"strategy": "full"}}, learning_rates=1e-3, seeds=0)
+    done = CliRunner().invoke(app, ["sweep", str(file)])
+    assert done.exit_code == 1
+    result = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
+    assert [f["run"] for f in result["failed"]] == ["long-lr0.001-s0"]
+    assert "longer than the model's context" in result["failed"][0]["error"]
+    assert [r["arm"] for r in result["settings"][0]["rows"]] == ["full", "full x 0.5"]
+    assert "long-lr0.001-s0 failed" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+def test_labels_that_are_not_there_and_studies_without_results_are_errors(world: World, tmp_path: Path) -> None:
+    study = load_study(write(world, tmp_path))
+    with pytest.raises(AddlangError, match=r"--only ful: no arm, setting or seed.*\n.*Did you mean 'full'"):
+        carry_out.run_study(study, base_dir=tmp_path, command="", only=["ful"])
+    with pytest.raises(AddlangError, match="no run of this study is finished"):
+        carry_out.run_study(study, base_dir=tmp_path, command="", finished=True)
