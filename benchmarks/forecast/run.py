@@ -11,9 +11,10 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from pairs import Pair, pairs, recipe, write_data
+from pairs import SEQUENCE, Pair, pairs, recipe, write_data
 
 from addlang.export import write_json
 from addlang.sweep import sweep
@@ -39,12 +40,62 @@ def finished(root: Path, pair: Pair) -> bool:
     return path.is_file() and json.loads(path.read_text(encoding="utf-8")) == vars(pair)
 
 
+def measure_all(root: Path, jobs: int) -> None:
+    """Measure the signals of every pair; measured ones are taken as they are."""
+    grid = pairs()
+    (root / "signals").mkdir(exist_ok=True)
+    todo = [
+        (p, {"pair": vars(p), "root": str(root)}) for p in grid if not (root / "signals" / f"{p.name}.json").is_file()
+    ]
+    done = len(grid) - len(todo)
+    for pair, _ in sweep(todo, workers=jobs, threads=1, cache=root / "cache", work=measure_one):
+        done += 1
+        print(f"{done}/{len(grid)} {pair.name} measured", file=sys.stderr, flush=True)
+
+
+def measure_one(data: dict[str, Any], _where: str, _base_dir: Path | None) -> str:
+    """The signals of one pair, as preflight measures them."""
+    import torch
+
+    from addlang.data.prepare import prepare
+    from addlang.models import load_tokenizer, resolve
+    from addlang.preflight.probe import run_probe
+    from addlang.preflight.signals import measure_conflict, measure_similarity, signals
+    from addlang.preflight.watch import watched
+    from addlang.recipe import Recipe
+
+    root, pair = Path(data["root"]), Pair(**data["pair"])
+    loaded = Recipe.parse(recipe(pair, root))
+    phase, source, device = loaded.phases[0], resolve("lab"), torch.device("cpu")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    tokenizer = load_tokenizer(source)
+    prepared = prepare(loaded, phase, tokenizer)
+    text = watched(phase.calibration, tokenizer, language="en", sequence_length=SEQUENCE, base_dir=None)
+    probe = run_probe(loaded, phase, source, tokenizer, prepared, text, device=device)
+    steps = prepared.sequences // prepared.batch_size
+    target = [s for s in prepared.card["sources"] if s["role"] == "target"]
+    row = signals(
+        probe=probe,
+        conflict=measure_conflict(phase, source, prepared, text, device),
+        similarity=measure_similarity(phase, phase.calibration.datasets, "states", source, device, None, 0),
+        learning_rate=phase.learning_rate,
+        steps=steps,
+        sequence_tokens=prepared.batch_size * SEQUENCE,
+        epochs=max(s["epochs"] for s in target),
+    )
+    path = root / "signals" / f"{pair.name}.json"
+    write_json(path, {"signals": row, "losses": probe.losses, "seconds": probe.seconds})
+    return str(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--jobs", type=int, default=1)
     given = parser.parse_args()
-    train_all(given.output.resolve(), given.jobs)
+    root = given.output.resolve()
+    train_all(root, given.jobs)
+    measure_all(root, given.jobs)
 
 
 if __name__ == "__main__":

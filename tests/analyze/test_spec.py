@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from addlang.analyze.base import KINDS, load_kind
 from addlang.analyze.spec import execute_spec, load_spec, models_of_run, parse_spec
+from addlang.analyze.states import prompt_rows
 from addlang.cli import app
 from addlang.errors import AddlangError
 from addlang.report import report_html
@@ -103,7 +104,8 @@ def test_a_specification_file_names_its_own_models(tmp_path: Path) -> None:
     save_model(tmp_path / "one", seed=0)
     save_model(tmp_path / "two", seed=1)
     (tmp_path / "spec.yaml").write_text(
-        "models: {one: one, two: two}\noutput_dir: out\nanalyses: [{kind: cka, limit: 5}, {kind: mpd, name: weights}]\n"
+        f"models: {{one: {tmp_path}/one, two: {tmp_path}/two}}\noutput_dir: {tmp_path}/out\n"
+        "analyses: [{kind: cka, limit: 5}, {kind: mpd, name: weights}]\n"
     )
     done = CliRunner().invoke(app, ["analyze", str(tmp_path / "spec.yaml"), "--json"])
     assert done.exit_code == 0, done.output
@@ -119,6 +121,35 @@ def test_a_specification_file_names_its_own_models(tmp_path: Path) -> None:
     spec, analyses = load_spec(tmp_path / "spec.yaml")
     execute_spec(spec, analyses, tmp_path)
     assert (tmp_path / "out" / "weights.svg").read_bytes() == before, "the same data give the same figure"
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in (ROOT / "recipes").rglob("*.yaml") if "analyses:" in p.read_text()], ids=lambda p: str(p.name)
+)
+def test_a_shipped_specification_is_valid_and_names_what_it_uses(path: Path) -> None:
+    spec, analyses = load_spec(path)
+    for analysis in analyses:
+        named = {*getattr(analysis, "models", ()), *filter(None, [getattr(analysis, "reference", None)])}
+        assert named <= {*spec.models, *spec.datasets, "lab"}, analysis.name
+
+
+def test_prompts_are_found_in_the_layouts_of_their_sources(tmp_path: Path) -> None:
+    layouts = {
+        "hub": {"prompt": ["first", "second"], "prompt_id": 1},
+        "fastchat": {"turns": ["first", "second"], "question_id": 1},
+        "plain": {"prompt": "first"},
+        "chat": {"messages": [{"role": "user", "content": "first"}, {"role": "assistant", "content": "x"}]},
+        "text": {"text": "first"},
+    }
+    for name, row in layouts.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+        assert prompt_rows(f"{name}.jsonl", tmp_path) == ["first"], name
+    (tmp_path / "gap.jsonl").write_text('{"prompt": "a"}\n{"other": 1}\n')
+    with pytest.raises(AddlangError, match="row 2"):
+        prompt_rows("gap.jsonl", tmp_path)
 
 
 def test_kinds_and_their_keys_are_given_on_the_command_line(tmp_path: Path) -> None:

@@ -25,9 +25,7 @@ class Scores(Analysis):
     labels: tuple[str, ...] = Field((), description="models of a run: before, phase names, after; default: all")
 
     def run(self, context: Context) -> Result:
-        from addlang.schema import beside
-
-        runs = {name: beside(path, context.base_dir) for name, path in self.runs.items()}
+        runs = {name: Path(path).expanduser() for name, path in self.runs.items()}
         if not runs and context.run is not None:
             runs = {context.run.name: context.run}
         if not runs:

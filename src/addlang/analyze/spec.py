@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError
 from addlang import strictyaml
 from addlang.analyze.base import Analysis, Context, explain, load_kind, make_analysis, save, short_name
 from addlang.errors import AddlangError
-from addlang.schema import DatasetSpec, Strict, beside
+from addlang.schema import DatasetSpec, Strict
 
 FOLDER = "analysis"
 
@@ -145,6 +145,8 @@ def models_of_run(path: Path) -> dict[str, str]:
 def execute_spec(spec: AnalysisSpec, analyses: Sequence[Analysis], base_dir: Path | None = None) -> list[Path]:
     """Carry out a specification; returns the JSON files. In a run directory the report is written again.
 
+    As in a recipe, models, runs and the output directory are relative to the working directory, data to ``base_dir``.
+
     Raises:
         AddlangError: a model, file or library that is missing; results of earlier analyses are kept.
     """
@@ -152,15 +154,12 @@ def execute_spec(spec: AnalysisSpec, analyses: Sequence[Analysis], base_dir: Pat
     from addlang.progress import note
 
     models = dict(spec.models)
-    run = None if spec.run is None else beside(spec.run, base_dir)
+    run = None if spec.run is None else Path(spec.run).expanduser()
     if run is not None:
         models = {**models_of_run(run), **models}
-    places: dict[str, Path] = {}
-    for name, given in models.items():
-        local = beside(given, base_dir)
-        places[name] = resolve(str(local) if given != "lab" and local.exists() else given)
+    places = {name: resolve(given) for name, given in models.items()}
     context = Context(places, spec.datasets, base_dir, device_of(spec.device), run)
-    folder = folder_of(spec, run, base_dir)
+    folder = folder_of(spec, run)
     written = []
     for analysis in analyses:
         note(f"{analysis.name}: {analysis.summary}")
@@ -173,10 +172,10 @@ def execute_spec(spec: AnalysisSpec, analyses: Sequence[Analysis], base_dir: Pat
     return written
 
 
-def folder_of(spec: AnalysisSpec, run: Path | None, base_dir: Path | None) -> Path:
+def folder_of(spec: AnalysisSpec, run: Path | None) -> Path:
     """Where the results go."""
     if spec.output_dir is not None:
-        given = beside(spec.output_dir, base_dir)
+        given = Path(spec.output_dir).expanduser()
         return given / FOLDER if is_run(given) else given
     return (run or Path()) / FOLDER
 

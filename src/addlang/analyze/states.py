@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from addlang.analyze.base import Context
 
 BATCH = 16
+PROMPTS = ("prompt", "turns", "question")  # columns, in order of preference; MT-Bench keeps turns in a list
 
 
 @dataclass(frozen=True)
@@ -48,19 +49,14 @@ def choose_prompts(
     template: bool | None,
     max_tokens: int,
 ) -> Chosen:
-    """English prompts: a file (``prompt``, a list of turns too, ``turns`` or ``text``), or the built-in ones.
+    """Prompts of a file, see :func:`prompt_rows`, or the built-in English ones.
 
     Args:
         template: None: use the chat template if every model has one.
     """
     from addlang.data.builtin_sets import builtin
 
-    if path is None:
-        rows, source = _prompt_rows(Path(builtin("prompts_en"))), "built-in English prompts"
-    else:
-        from addlang.schema import beside
-
-        rows, source = _prompt_rows(beside(path, context.base_dir)), path
+    rows, source = prompt_rows(path or str(builtin("prompts_en")), context.base_dir), path or "built-in English prompts"
     rows = rows[:limit] if limit else rows
     if template is None:
         template = all(_has_template(context.model(name)) for name in names)
@@ -78,22 +74,33 @@ def choose_texts(context: Context, name: str, *, limit: int | None, max_tokens: 
     return Chosen(tuple(texts), False, max_tokens, f"{spec.path} ({len(texts)})")
 
 
-def _prompt_rows(path: Path) -> list[str]:
-    """First user turn of every row; MT-Bench keeps its turns in a list."""
-    from addlang.data.readers import read_records, row_error
+def prompt_rows(path: str, base_dir: Path | None = None) -> list[str]:
+    """What the user says first, row by row: of prompts, of MT-Bench's turns, or of conversations.
 
-    if not path.is_file():
-        raise AddlangError(f"prompts '{path}': the file does not exist", "check the path")
+    Raises:
+        AddlangError: a row without any of these.
+    """
+    from addlang.data.readers import read_records, row_error
+    from addlang.data.sources import read_rows
+    from addlang.schema import DatasetSpec
+
+    rows = read_rows(DatasetSpec.model_validate({"path": path}), base_dir=base_dir)
+    records = [(file, line, record) for file in rows.files or [] for line, record in read_records(file)]
+    if not records or _prompt_of(records[0][2]) is None:
+        return [next((m["content"] for m in row.messages or () if m["role"] == "user"), row.content) for row in rows]
     out = []
-    for line, record in read_records(path):
-        value = next((record[k] for k in ("prompt", "turns", "text", "question") if record.get(k)), None)
-        first = value[0] if isinstance(value, list) else value
-        if not isinstance(first, str):
-            raise row_error(
-                str(path), line, "there is no prompt", "give a column 'prompt', 'turns', 'question' or 'text'"
-            )
-        out.append(first)
+    for file, line, record in records:
+        prompt = _prompt_of(record)
+        if prompt is None:
+            raise row_error(str(file), line, "there is no prompt", f"give one of the columns {', '.join(PROMPTS)}")
+        out.append(prompt)
     return out
+
+
+def _prompt_of(record: dict[str, Any]) -> str | None:
+    value = next((record[k] for k in PROMPTS if record.get(k)), None)
+    first = value[0] if isinstance(value, list) else value
+    return first if isinstance(first, str) else None
 
 
 def _has_template(directory: Path) -> bool:

@@ -6,6 +6,7 @@ split by a hash of their own text, and every fact keeps one sentence for cloze i
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -18,17 +19,18 @@ from typing import Any, Literal, TypeVar, get_args
 from addlang.errors import AddlangError, did_you_mean
 from addlang.lab import dissimilar, tasks
 from addlang.lab import documents as writing
-from addlang.lab.facts import RELATIONS, Cloze, cloze, people, stable_hash
+from addlang.lab.facts import RELATIONS, Cloze, cloze, people, say_parallel, stable_hash
 from addlang.lab.lexicon import LANGUAGES, Language
 from addlang.lab.tasks import TASKS
 
 __all__ = [
     "CONVERSATION_KINDS", "LANGUAGES", "TASKS", "Cloze", "Item", "cloze_items", "conversations", "documents",
-    "exact_match_items", "is_held_out", "normalise", "score_exact_match", "write_dataset",
+    "exact_match_items", "is_held_out", "normalise", "parallel_sentences", "score_exact_match", "write_dataset",
 ]  # fmt: skip
 
 Split = Literal["train", "eval"]
 CONVERSATION_KINDS = ("english", "similar-sw", "similar-hi", "dissimilar")
+PARALLEL_KINDS = tuple(f"parallel-{language}" for language in LANGUAGES)
 _HELD_OUT_SHARE = 5  # one prompt or document in five is for evaluation
 _T = TypeVar("_T")
 
@@ -98,6 +100,16 @@ def conversations(kind: str, n: int, seed: int) -> list[list[dict[str, str]]]:
     return made
 
 
+def parallel_sentences(language: str, n: int, seed: int) -> list[str]:
+    """Facts, sentence by sentence the same ones in every language for one ``n`` and ``seed``."""
+    code = _language(language)
+    rng = random.Random(f"parallel/{seed}")
+    codes = tuple(LANGUAGES)
+    drawn = (say_parallel(rng.choice(people()), rng.choice(RELATIONS), codes, rng) for _ in itertools.count())
+    sentences = (dict(zip(codes, same, strict=True)) for same in drawn)
+    return [s[code] for s in _distinct(sentences, n, str, "parallel sentences")]
+
+
 def exact_match_items(n: int, seed: int, language: str = "en") -> list[Item]:
     """Evaluation prompts, all different, as evenly over the tasks as ``n`` allows; none occurs in training."""
     code = _language(language)
@@ -137,7 +149,8 @@ def write_dataset(kind: str, path: str | os.PathLike[str], n: int, seed: int) ->
     """Write training rows as JSON lines.
 
     Args:
-        kind: a language, for ``{"text": ...}`` rows, or a kind of conversations, for ``{"messages": [...]}`` rows.
+        kind: a language or ``parallel-LANGUAGE``, for ``{"text": ...}`` rows, or a kind of conversations, for
+            ``{"messages": [...]}`` rows.
         path: the file; its directory must exist.
         n: number of rows.
         seed: as for :func:`documents` and :func:`conversations`.
@@ -147,8 +160,10 @@ def write_dataset(kind: str, path: str | os.PathLike[str], n: int, seed: int) ->
         rows = [{"text": text} for text in documents(kind, n, seed)]
     elif kind in CONVERSATION_KINDS:
         rows = [{"messages": messages} for messages in conversations(kind, n, seed)]
+    elif kind in PARALLEL_KINDS:
+        rows = [{"text": text} for text in parallel_sentences(kind.removeprefix("parallel-"), n, seed)]
     else:
-        known = (*LANGUAGES, *CONVERSATION_KINDS)
+        known = (*LANGUAGES, *CONVERSATION_KINDS, *PARALLEL_KINDS)
         raise AddlangError(f"unknown kind of lab data '{kind}'", did_you_mean(kind, known))
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     Path(path).write_text(lines, encoding="utf-8")
