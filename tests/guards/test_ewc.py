@@ -52,6 +52,7 @@ def context() -> Any:
         device=torch.device("cpu"),
         autocast=contextlib.nullcontext,
         progress=lambda *_: None,
+        sequence_length=64,
     )
 
 
@@ -79,7 +80,7 @@ def test_fisher_is_the_mean_squared_gradient_per_conversation_and_leaves_the_wei
     attached = attach("full")
     before = {n: p.detach().clone() for n, p in attached.named_trainable()}
     given = conversations()
-    found = fisher(attached, given, [0, 2], context())
+    found = fisher(attached, [list(given.ids[i]) for i in (0, 2)], context())
     want = {n: torch.zeros_like(p) for n, p in before.items()}
     model = make_model("llama")
     for index in (0, 2):
@@ -124,7 +125,7 @@ def test_resumed_equals_uninterrupted(strategy: str, tmp_path: Path) -> None:
 
 def test_what_the_source_needs_most_moves_least(tmp_path: Path) -> None:
     before = {n: p.detach() for n, p in make_model("llama").named_parameters()}
-    f = fisher(attach("full"), conversations(), [0, 1], context())
+    f = fisher(attach("full"), [list(ids) for ids in conversations().ids[:2]], context())
 
     def moved(weight: float) -> float:
         after = carry_out(tmp_path / str(weight), "full", weight=weight)

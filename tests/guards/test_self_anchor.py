@@ -14,7 +14,7 @@ from tiny import make_model, make_tokenizer
 
 from addlang.errors import AddlangError
 from addlang.guards import GuardContext, make_guard
-from addlang.guards.self_anchor import turn_frame
+from addlang.guards.sampling import turn_frame
 from addlang.guards.teacher import RowOrder, Teacher, ask, divergence, model_positions, pack_rows
 from addlang.strategies import PlanInputs, make_strategy
 

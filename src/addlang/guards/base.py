@@ -109,7 +109,9 @@ def available() -> list[str]:
     import addlang.guards as package
 
     return sorted(
-        m.name for m in pkgutil.iter_modules(package.__path__) if m.name not in ("anchored", "base", "teacher")
+        m.name
+        for m in pkgutil.iter_modules(package.__path__)
+        if m.name not in ("anchored", "base", "sampling", "teacher")
     )
 
 

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from addlang.errors import AddlangError
 from addlang.guards.base import ActiveGuard, Guard, GuardContext
+from addlang.guards.sampling import Sampling, stored_conversations
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from addlang.data.calibration import CalibrationSet
     from addlang.strategies.base import Attached
 
 
 class EWC(Guard):
     """Pulls every trained element to the source's value, the harder the more the source's loss depends on it.
 
-    ``F`` is the empirical Fisher information: the squared gradient of one conversation's token-mean loss, averaged over the
-    conversations of the phase's ``calibration``. It is taken through the attached model, so it exists for what is trained
-    only, and is computed anew on resume: it takes one backward pass per conversation and no disk.
+    ``F`` is the squared gradient of one conversation's token-mean loss, averaged over conversations. With ``data:
+    calibration`` these are the phase's source data, and ``F`` is the empirical Fisher information. With ``data: self`` the
+    source model samples them itself, as for the self anchor: no source data are needed, and ``F`` is the Fisher information
+    proper, whose expectation is over the model's own words. ``F`` is taken through the attached model, so it exists for what
+    is trained only, and is computed anew on resume: it takes one backward pass per conversation and no disk.
     """
 
     name = "ewc"
@@ -30,36 +32,44 @@ class EWC(Guard):
 
     weight: float = Field(1e4, gt=0, description="lambda: the gradient is lambda times F times the distance")
     sequences: int | None = Field(
-        None, gt=0, description="conversations that F is averaged over, spread over lengths; None: all of `calibration`"
+        None, gt=0, description="conversations that F is averaged over, spread over the set; None: all"
     )
 
+    data: Literal["calibration", "self"] = Field(
+        "calibration",
+        description="whose conversations: the phase's source data, or sampled from the source model itself",
+    )
+    sampling: Sampling = Field(Sampling(conversations=500), description="options of `data: self`, as of self_anchor")
+
     def requires(self) -> frozenset[str]:
-        return frozenset({"source_text"})
+        return frozenset({"source_text"} if self.data == "calibration" else {"chat_template"})
 
     def start(self, context: GuardContext) -> ActiveGuard:
-        return _Active(self, context)
+        if self.data == "self":
+            ids, about = stored_conversations(self.sampling, context)
+            return _Active(self, context, ids, {"source": "sampled from the source model", **about})
+        given = context.calibration()
+        whole = [list(ids) for ids in given.ids]
+        return _Active(self, context, whole, {"source": given.source, "fingerprint": given.fingerprint})
 
 
 class _Active(ActiveGuard):
-    def __init__(self, guard: EWC, context: GuardContext) -> None:
-        self.guard = guard
-        self.context = context
+    def __init__(self, guard: EWC, context: GuardContext, ids: list[list[int]], about: dict[str, Any]) -> None:
+        self.guard, self.context = guard, context
+        self.ids = [ids[i] for i in spread(len(ids), guard.sequences)]
+        self.about = {**about, "sequences": len(self.ids)}
         self.source: dict[str, Tensor] = {}
         self.fisher: dict[str, Tensor] = {}
-        self.about: dict[str, Any] = {}
 
     def begin(self, attached: Attached) -> None:
         # before a checkpoint is loaded: both belong to the source's values, also on resume
         trained = attached.named_trainable()
         self.source = {name: p.detach().clone() for name, p in trained}
-        given = self.context.calibration()
-        chosen = spread(len(given.ids), self.guard.sequences)
-        self.fisher = fisher(attached, given, chosen, self.context)
-        self.about = {"sequences": len(chosen), "source": given.source}
+        self.fisher = fisher(attached, self.ids, self.context)
         if not any(bool(f.any()) for f in self.fisher.values()):
             raise AddlangError(
                 "ewc: the Fisher information of everything that is trained is 0, so the penalty would do nothing",
-                "check the calibration data, or leave the guard out",
+                "check the conversations, or leave the guard out",
             )
 
     def backward(self, attached: Attached, step: int) -> float:
@@ -88,7 +98,7 @@ def spread(count: int, wanted: int | None) -> list[int]:
     return [i * count // wanted for i in range(wanted)]
 
 
-def fisher(attached: Attached, given: CalibrationSet, chosen: list[int], context: GuardContext) -> dict[str, Tensor]:
+def fisher(attached: Attached, conversations: list[list[int]], context: GuardContext) -> dict[str, Tensor]:
     """Mean over conversations of the squared gradient of the token-mean loss, for every trained parameter (its shape)."""
     import torch
 
@@ -97,17 +107,17 @@ def fisher(attached: Attached, given: CalibrationSet, chosen: list[int], context
     training = attached.model.training
     attached.model.eval()
     try:
-        for done, index in enumerate(chosen, 1):
-            ids = torch.tensor([given.ids[index]], device=context.device)
+        for done, conversation in enumerate(conversations, 1):
+            ids = torch.tensor([conversation], device=context.device)
             with torch.enable_grad(), context.autocast():
                 logits = attached.model(input_ids=ids, use_cache=False).logits[0, :-1]
             loss = torch.nn.functional.cross_entropy(logits.float(), ids[0, 1:])
             loss.backward()  # type: ignore[no-untyped-call]
             for name, p in trained:
                 if p.grad is not None:
-                    sums[name].addcmul_(p.grad, p.grad, value=1 / len(chosen))
+                    sums[name].addcmul_(p.grad, p.grad, value=1 / len(conversations))
                     p.grad = None
-            context.progress(done, len(chosen), "conversations")
+            context.progress(done, len(conversations), "conversations")
     finally:
         attached.model.train(training)
     return sums

@@ -8,26 +8,21 @@ data, no judge, and no second model in memory.
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from addlang.errors import AddlangError
 from addlang.guards.base import ActiveGuard, Guard, GuardContext
+from addlang.guards.sampling import Sampling, sampled_by, stored_conversations
 
-_MARK = "\u2983user\u2984"
 
-
-class SelfAnchor(Guard):
+class SelfAnchor(Sampling, Guard):
     """Our own method; ``docs/methods/self_anchor.md`` has its ablations."""
 
     name = "self_anchor"
     paper = "addlang (this project); sampling after Magpie (arXiv 2406.08464)"
     summary = "hold the model to the source's own distribution on conversations that the source itself samples"
 
-    conversations: int = Field(2000, gt=0, description="conversations to keep after filtering")
     share: float = Field(
         0.3, gt=0, lt=0.9, description="share of every step's tokens that is anchored; counts towards the budget"
     )
@@ -40,34 +35,6 @@ class SelfAnchor(Guard):
     schedule: Literal["constant", "decay", "ramp"] = Field(
         "constant", description="of the weight over the run: as it is, to 0, or from 0"
     )
-    sampling_temperature: float = Field(1.0, gt=0, description="of instructions and answers")
-    top_p: float = Field(1.0, gt=0, le=1, description="nucleus of sampling")
-    max_instruction_tokens: int = Field(128, gt=0)
-    max_answer_tokens: int = Field(256, gt=0)
-    sampling_seed: int = Field(
-        0, ge=0, description="of the conversations; not the run's seed, so that seeds share them"
-    )
-    attempts: float = Field(4.0, ge=1, description="give up after this many samples per conversation wanted")
-    language_filter: bool = Field(
-        False, description="drop conversations that py3langid does not call the source language"
-    )
-    skip: tuple[str, ...] = Field(
-        (),
-        description="regular expressions: an instruction in which one is found is left out (to test abilities uncovered)",
-    )
-    max_per_opening: int | None = Field(
-        None, gt=0, description="keep at most this many conversations that open with the same three words; None: any"
-    )
-
-    @field_validator("skip")
-    @classmethod
-    def _expressions(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for pattern in value:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"'{pattern}' is no regular expression: {error}") from None
-        return value
 
     @property
     def token_share(self) -> float:
@@ -81,162 +48,10 @@ class SelfAnchor(Guard):
         return frozenset({"chat_template"})
 
     def start(self, context: GuardContext) -> ActiveGuard:
-        from addlang.data.cache import fingerprint, tokenizer_fingerprint
+        from addlang.data.cache import fingerprint
         from addlang.guards.anchored import anchored, stored_teacher
         from addlang.guards.teacher import VERSION
 
-        made_by = {
-            k: v
-            for k, v in self.model_dump().items()
-            if k not in ("share", "weight", "mode", "temperature", "schedule")
-        }
-        key = fingerprint(
-            "self_anchor", VERSION, context.model_hash, tokenizer_fingerprint(context.tokenizer, chat=True),
-            made_by, context.sequence_length, context.language,
-        )  # fmt: skip
-        found = stored_teacher(context, key, self.top_k, lambda: sample_conversations(self, context))
+        key = fingerprint("self_anchor", VERSION, sampled_by(self, context), self.top_k)
+        found = stored_teacher(context, key, self.top_k, lambda: stored_conversations(self, context))
         return anchored(self, *found, context)
-
-
-def sample_conversations(guard: SelfAnchor, context: GuardContext) -> tuple[list[list[int]], dict[str, Any]]:
-    """Conversations as token ids, and counts of what was sampled and why some of it was dropped.
-
-    Raises:
-        AddlangError: the model does not write usable conversations.
-    """
-    from addlang.data.chat import encode_conversation
-    from addlang.evaluate.generation import sample
-    from addlang.evaluate.generation import stop_ids as model_stops
-    from addlang.evaluate.replies import identify, is_degenerate
-
-    tokenizer = context.tokenizer
-    start, end = turn_frame(tokenizer)
-    end_ids = tokenizer(end, add_special_tokens=False)["input_ids"]
-    stops = {end_ids[0], *model_stops(context.model, tokenizer)}
-    prefix = tokenizer(start, add_special_tokens=False)["input_ids"]
-    special = set(tokenizer.all_special_ids)
-    kept: list[list[int]] = []
-    seen: set[str] = set()
-    dropped: Counter[str] = Counter()
-    openings: Counter[str] = Counter()
-    skipped = Counter(dict.fromkeys(guard.skip, 0))
-    drawn, block = 0, 0
-    settings: dict[str, Any] = {
-        "temperature": guard.sampling_temperature,
-        "top_p": guard.top_p,
-        "top_k": 0,
-        "repetition_penalty": 1.0,
-    }
-    while len(kept) < guard.conversations:
-        if drawn >= guard.attempts * guard.conversations:
-            raise AddlangError(
-                f"self_anchor: only {len(kept)} of {guard.conversations} conversations after {drawn} samples (dropped: {dict(dropped)})",
-                "the model does not write usable conversations of its own: lower conversations, raise attempts or "
-                "max_answer_tokens, or give replay data instead",
-            )
-        size = min(128, guard.conversations)
-        seed = guard.sampling_seed * 1_000_003 + block
-        block += 1
-        drawn += size
-        asked = sample(
-            context.model, tokenizer, [prefix] * size, max_new_tokens=guard.max_instruction_tokens, batch_size=size,
-            stop_ids=stops, seed=2 * seed, **settings,
-        )  # fmt: skip
-        instructions = []
-        for ids in asked:
-            text = tokenizer.decode(ids, skip_special_tokens=False).strip()
-            reason = _unusable(ids, text, guard.max_instruction_tokens, special)
-            if reason is None and text in seen:
-                reason = "repeated instruction"
-            if reason is None and (found := [pattern for pattern in guard.skip if re.search(pattern, text)]):
-                reason = "skipped"
-                skipped.update(found)
-            if reason is None and openings[opening(text)] >= (guard.max_per_opening or guard.conversations):
-                reason = "opening that others have"
-            if reason is not None:
-                dropped[reason] += 1
-                continue
-            seen.add(text)
-            instructions.append(text)
-        if not instructions:
-            continue
-        prompts = [
-            tokenizer(_render(tokenizer, [{"role": "user", "content": t}], prompt=True), add_special_tokens=False)[
-                "input_ids"
-            ]
-            for t in instructions
-        ]
-        answers = sample(
-            context.model, tokenizer, prompts, max_new_tokens=guard.max_answer_tokens, batch_size=size,
-            stop_ids=stops, seed=2 * seed + 1, **settings,
-        )  # fmt: skip
-        for text, ids in zip(instructions, answers, strict=True):
-            answer = tokenizer.decode(ids, skip_special_tokens=False).strip()
-            reason = _unusable(ids, answer, guard.max_answer_tokens, special)
-            if reason is None and is_degenerate(answer):
-                reason = "degenerate answer"
-            if reason is None and guard.language_filter and identify(f"{text}\n{answer}")[0] != context.language:
-                reason = "another language"
-            if reason is not None:
-                dropped[reason] += 1
-                continue
-            whole, _ = encode_conversation(
-                [{"role": "user", "content": text}, {"role": "assistant", "content": answer}], tokenizer, loss_on="all"
-            )
-            if len(whole) > context.sequence_length:
-                dropped["longer than sequence_length"] += 1
-                continue
-            if openings[opening(text)] >= (guard.max_per_opening or guard.conversations):
-                dropped["opening that others have"] += 1
-                continue
-            openings[opening(text)] += 1
-            kept.append(whole)
-        context.progress(min(len(kept), guard.conversations), guard.conversations, "sampling conversations")
-    if idle := [pattern for pattern, count in skipped.items() if not count]:
-        raise AddlangError(
-            f"self_anchor: skip: '{idle[0]}' is found in none of {drawn} sampled instructions", "mend it"
-        )
-    return kept[: guard.conversations], {
-        "conversations": guard.conversations,
-        "drawn": drawn,
-        "dropped": dict(dropped),
-        "openings": len(openings),
-        "largest_opening": max(openings.values()) / sum(openings.values()),
-    }
-
-
-def opening(text: str) -> str:
-    """The first three words, by which samples are told to be alike."""
-    return " ".join(re.findall(r"\w+", text.lower())[:3])
-
-
-def _unusable(ids: list[int], text: str, limit: int, special: set[int]) -> str | None:
-    """Why a sampled turn cannot be used, or None."""
-    if not text:
-        return "empty turn"
-    if len(ids) >= limit:
-        return "unfinished turn"
-    if any(i in special for i in ids):
-        return "control token inside a turn"
-    return None
-
-
-def turn_frame(tokenizer: Any) -> tuple[str, str]:
-    """What the chat template puts before a first user turn's words, and after them up to the answer.
-
-    Raises:
-        AddlangError: the template changes the words.
-    """
-    text = _render(tokenizer, [{"role": "user", "content": _MARK}], prompt=True)
-    if text.count(_MARK) != 1:
-        raise AddlangError(
-            "the chat template does not keep a user turn as it is, so conversations cannot be sampled from it"
-        )
-    before, after = text.split(_MARK)
-    if not after.strip():
-        raise AddlangError("the chat template has no end of a user turn, so sampled instructions would never end")
-    return before, after
-
-
-def _render(tokenizer: Any, messages: list[dict[str, str]], *, prompt: bool) -> str:
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))

@@ -203,7 +203,7 @@ def _change(values: Sequence[float | None], unit: str) -> str:
 
 
 def _verdict(data: Mapping[str, Any]) -> str:
-    parts = []
+    parts: list[str] = []
     for s in data["settings"]:
         names = dict.fromkeys(r["arm"] for r in s["rows"] if r["on_front"])
         where = ", ".join(s["setting"].values())
@@ -214,7 +214,9 @@ def _verdict(data: Mapping[str, Any]) -> str:
             parts.append(f"Better than {data['reference']} at equal gain (Holm, p < 0.05): {', '.join(better)}.")
         if worse:
             parts.append(f"Worse: {', '.join(worse)}.")
-        if not better and not worse and s["equal_gain"]:
+        if not any("p" in r for r in s["equal_gain"]):
+            parts.append("One seed: nothing is tested.")
+        elif not better and not worse:
             parts.append(f"At equal gain no difference from {data['reference']} is shown.")
     return " ".join(parts)
 

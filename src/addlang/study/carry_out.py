@@ -137,10 +137,10 @@ def tabulate(study: Study, found: Mapping[Cell, Mapping[str, Any]]) -> dict[str,
     settings = []
     plain = found
     found = {}
-    for cell, numbers in plain.items():
-        found[cell] = numbers
-        for share, results in scaled_back(numbers["results"]).items():
-            found[dataclasses.replace(cell, arm=f"{cell.arm} x {share}")] = {**numbers, "results": results}
+    for cell, run in plain.items():
+        found[cell] = run
+        for share, results in scaled_back(run["results"]).items():
+            found[dataclasses.replace(cell, arm=f"{cell.arm} x {share}")] = {**run, "results": results}
     order = list(dict.fromkeys(c.arm for c in found))
     order.sort(key=lambda arm: list(study.arms).index(arm if arm in study.arms else arm.rpartition(" x ")[0]))
     for setting in dict.fromkeys(c.setting for c in found):
