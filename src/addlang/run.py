@@ -200,6 +200,7 @@ def make_plan(
 ) -> FreezePlan:
     """The phase's freeze plan: made once, saved, and loaded again on resume."""
     from addlang.data.calibration import calibration_batches
+    from addlang.data.prepare import cache_root
     from addlang.freeze.plan import FreezePlan
     from addlang.progress import progress
     from addlang.strategies import PlanInputs
@@ -226,6 +227,7 @@ def make_plan(
             target=lambda: step_batches(data, schedule),
             settings=phase,
             progress=lambda done, total, _what: _advance(bar, done, total),
+            cache_dir=cache_root(),
         )
         plan = phase.strategy.plan(model, inputs)
     plan.validate(model)

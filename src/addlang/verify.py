@@ -38,7 +38,8 @@ def verify_run(path: Path, source: str | None = None) -> dict[str, Any]:
     first = start = resolve(source or recipe.model_name_or_path, None if source else recipe.revision)
     proofs = []
     for phase in recipe.phases:
-        if stopped and phase.name == stopped["phase"]:  # a condition did not hold; its model is that of the phase before
+        if stopped and phase.name == stopped["phase"]:
+            # a condition did not hold, so the run's model is that of the phase before
             if Checkpoint(start).hash != Checkpoint(path).hash:
                 raise ProofError(f"the model in {path} is not that of '{stopped['result']}', which the run ended with")
             break

@@ -116,3 +116,17 @@ def test_a_reference_of_another_shape_is_named(changed: Any, tmp_path: Path) -> 
 def test_without_a_reference_the_option_is_named() -> None:
     with pytest.raises(AddlangError, match="option 'reference_model': Field required"):
         make_strategy("lf_h2", {})
+
+
+def test_the_control_of_lf_h2_freezes_as_many_random_matrices(changed: Any) -> None:
+    model, reference = changed
+    by_change = make_strategy("lf_h2", {"reference_model": reference, "count": 2}).plan(model, PlanInputs())
+    drawn = set()
+    for seed in range(6):
+        plan = make_strategy("lf_h1", {"unit": "matrix", "count": 2}).plan(model, PlanInputs(seed=seed))
+        assert plan.trainable_count == by_change.trainable_count
+        assert {n.split(".")[4] for n in frozen(plan)} == {"q_proj", "k_proj", "v_proj"}
+        layers = plan.provenance["layers"]
+        assert all(len(chosen) == 2 for chosen in layers.values())
+        drawn.add(tuple(map(tuple, layers.values())))
+    assert any(len(set(d)) > 1 for d in drawn)  # queries, keys and values of different layers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -79,3 +80,55 @@ def test_the_top_half_of_each_module_type_is_chosen(mode: str) -> None:
 def test_16_bit_weights_are_decomposed_in_fp32() -> None:
     w = make_model("llama").model.layers[0].mlp.up_proj.weight
     assert signal_to_noise(w.bfloat16()).value == pytest.approx(signal_to_noise(w).value, rel=0.05)
+
+
+@pytest.mark.filterwarnings("ignore:spectrum")
+def test_singular_values_are_computed_once_per_model_and_a_killed_plan_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from addlang.strategies import spectrum as module
+
+    model = make_model("mistral", num_hidden_layers=3)
+    calls: list[tuple[int, ...]] = []
+    original = module.singular_values
+
+    def counting(weight: torch.Tensor) -> torch.Tensor:
+        calls.append(tuple(weight.shape))
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return original(weight)
+
+    monkeypatch.setattr(module, "singular_values", counting)
+    inputs = PlanInputs(model_hash="abc", cache_dir=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        make_strategy("spectrum", {}).plan(model, inputs)
+    plan = make_strategy("spectrum", {}).plan(model, inputs)
+    assert len(calls) == 21 + 1  # of 21 matrices the eighth was begun twice
+    other = make_strategy("spectrum", {"threshold": "paper", "mode": "train_top", "ratio": 0.3}).plan(model, inputs)
+    assert len(calls) == 22
+    monkeypatch.setattr(module, "singular_values", original)
+    fresh = PlanInputs(model_hash="abc")
+    assert plan.provenance == make_strategy("spectrum", {}).plan(model, fresh).provenance
+    options = {"threshold": "paper", "mode": "train_top", "ratio": 0.3}
+    assert other.provenance == make_strategy("spectrum", options).plan(model, fresh).provenance
+
+
+def test_another_model_has_singular_values_of_its_own(tmp_path: Path) -> None:
+    plans = [
+        make_strategy("spectrum", {}).plan(
+            make_model("mistral", seed=s), PlanInputs(model_hash=f"m{s}", cache_dir=tmp_path)
+        )
+        for s in (0, 1)
+    ]
+    assert plans[0].provenance["signal_to_noise"] != plans[1].provenance["signal_to_noise"]
+
+
+def test_the_random_control_freezes_as_many_matrices_of_each_type() -> None:
+    model = make_model("mistral", num_hidden_layers=4)
+    ranked_plan = make_strategy("spectrum", {}).plan(model, PlanInputs())
+    counts = []
+    for seed in range(4):
+        plan = make_strategy("spectrum", {"select": "random"}).plan(model, PlanInputs(seed=seed))
+        assert plan.trainable_count == ranked_plan.trainable_count
+        counts.append(frozenset(n for n in plan if plan[n].kind == "all"))
+    assert len(set(counts)) > 2

@@ -36,13 +36,14 @@ def depth(kinds: Mapping[str, ParamInfo]) -> int:
     return max(layers) + 1
 
 
-def sample(seed: int, name: str, n: int, k: int) -> list[int]:
-    """``k`` of ``range(n)``, sorted; of its own for every (seed, name)."""
+def sample(seed: int, name: str, n: int, k: int, *, ordered: bool = True) -> list[int]:
+    """``k`` of ``range(n)``, sorted unless ``ordered`` is false; of its own for every (seed, name)."""
     import torch
 
     from addlang.scoring.random import generator
 
-    return sorted(torch.randperm(n, generator=generator(seed, name))[:k].tolist())
+    drawn: list[int] = torch.randperm(n, generator=generator(seed, name))[:k].tolist()
+    return sorted(drawn) if ordered else drawn
 
 
 def freeze_whole(model: nn.Module, names: Iterable[str], frozen: set[str]) -> dict[str, Frozen]:

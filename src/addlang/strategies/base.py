@@ -17,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from addlang.errors import AddlangError, did_you_mean
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from torch import Tensor, nn
 
@@ -42,6 +44,7 @@ class PlanInputs:
             (``input_ids``, ``labels``, ``position_ids`` [B, L]); called only by strategies that require target text.
         settings: how the phase trains, for strategies that train while they plan; None: the defaults.
         progress: called with (done, total, what).
+        cache_dir: where something that takes long may be kept, under the model's hash; None: nowhere.
     """
 
     seed: int = 0
@@ -51,6 +54,7 @@ class PlanInputs:
     target: Callable[[], Iterable[Sequence[Mapping[str, Tensor]]]] | None = None
     settings: TrainSettings | None = None
     progress: Callable[[int, int, str], None] | None = None
+    cache_dir: Path | None = None
 
 
 class Strategy(BaseModel):

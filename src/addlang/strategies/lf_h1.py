@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from addlang.freeze.plan import FreezePlan
+
+
+QKV = ("q_proj", "k_proj", "v_proj")
 
 
 class LFH1(Strategy):
@@ -24,6 +27,11 @@ class LFH1(Strategy):
     count: int | None = Field(
         None, gt=0, description="layers to freeze; None: the paper's 10 of 32 as a share of the depth"
     )
+    unit: Literal["layer", "matrix"] = Field(
+        "layer",
+        description="layer: whole layers; matrix: only q, k and v, each in layers of its own: as many as lf_h2 freezes, as its "
+        "control",
+    )
 
     def plan(self, model: nn.Module, inputs: PlanInputs) -> FreezePlan:
         from addlang.strategies._layers import depth, freeze_whole, inside, sample
@@ -31,6 +39,10 @@ class LFH1(Strategy):
         kinds = inside(model)
         layers = depth(kinds)
         count = check_count(self.count, layers)
+        if self.unit == "matrix":
+            drawn = {g: sample(inputs.seed, f"lf_h1 {g}", layers, count) for g in QKV}
+            some = {n for n, i in kinds.items() if i.group in QKV and i.layer in drawn[i.group]}
+            return self.finish(model, inputs, freeze_whole(model, kinds, some), layers=drawn)
         chosen = set(sample(inputs.seed, "lf_h1", layers, count))
         frozen = {n for n, i in kinds.items() if i.layer in chosen}
         return self.finish(model, inputs, freeze_whole(model, kinds, frozen), layers=sorted(chosen))

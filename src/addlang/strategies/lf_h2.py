@@ -8,14 +8,13 @@ from pydantic import Field
 
 from addlang.errors import AddlangError
 from addlang.strategies.base import PlanInputs, Strategy
+from addlang.strategies.lf_h1 import QKV, check_count
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from addlang.freeze.plan import FreezePlan, Frozen
     from addlang.models import Checkpoint, ParamInfo
-
-GROUPS = ("q_proj", "k_proj", "v_proj")
 
 
 class LFH2(Strategy):
@@ -63,12 +62,11 @@ class LFH2(Strategy):
     def _plan(self, model: nn.Module, inputs: PlanInputs, changes: Any) -> FreezePlan:
         """``changes(names, units)``: norm of the change of each unit (head) of each of these parameters."""
         from addlang.strategies._layers import depth, freeze_whole, heads_of, inside
-        from addlang.strategies.lf_h1 import check_count
 
         kinds = inside(model)
         layers = depth(kinds)
         count = check_count(self.count, layers)
-        by_group = {g: [n for n, i in kinds.items() if i.kind == "linear" and i.group == g] for g in GROUPS}
+        by_group = {g: [n for n, i in kinds.items() if i.kind == "linear" and i.group == g] for g in QKV}
         for group, names in by_group.items():
             if len(names) != layers:
                 raise AddlangError(f"lf_h2 needs one {group} in each of the {layers} layers; there are {len(names)}")
@@ -83,12 +81,12 @@ class LFH2(Strategy):
             return self.finish(model, inputs, entries)
         norms = {g: [s[0] for s in changes(names, 1)] for g, names in by_group.items()}
         if self.unit == "layer":
-            together = [sum(norms[g][i] ** 2 for g in GROUPS) ** 0.5 for i in range(layers)]
-            chosen = {g: top(together, count) for g in GROUPS}
+            together = [sum(norms[g][i] ** 2 for g in QKV) ** 0.5 for i in range(layers)]
+            chosen = {g: top(together, count) for g in QKV}
             frozen = {n for n, i in kinds.items() if i.layer in chosen["q_proj"]}
         else:
-            chosen = {g: top(norms[g], count) for g in GROUPS}
-            frozen = {n for n, i in kinds.items() if i.group in GROUPS and i.layer in chosen[i.group]}
+            chosen = {g: top(norms[g], count) for g in QKV}
+            frozen = {n for n, i in kinds.items() if i.group in QKV and i.layer in chosen[i.group]}
         facts = {g: sorted(c) for g, c in chosen.items()}
         return self.finish(model, inputs, freeze_whole(model, kinds, frozen), layers=facts)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
     from addlang.freeze.plan import FreezePlan
 
+VERSION = 1  # of what is kept in the cache
+THRESHOLDS = ("code", "paper")
 QUARTILES_OF_NORMAL = 1.349  # the distance between the quartiles of a standard normal distribution
 
 
@@ -24,6 +27,11 @@ class Ratio(NamedTuple):
 
     value: float
     noise_is_empty: bool
+
+    @classmethod
+    def of(cls, value: float | None) -> Ratio:
+        """None: no singular value is noise."""
+        return cls(math.inf, True) if value is None else cls(value, False)
 
 
 class Spectrum(Strategy):
@@ -47,6 +55,11 @@ class Spectrum(Strategy):
         "has it; or the paper's Eq. 1, (1 / sqrt(N)) sigma (1 + sqrt(M / N)), which is made for the spectrum of W / sqrt(N)",
     )
 
+    select: Literal["signal_to_noise", "random"] = Field(
+        "signal_to_noise",
+        description="random: as many matrices of each type, drawn by the seed; the control of the ranking",
+    )
+
     def outline(self, model: nn.Module) -> FreezePlan:
         from addlang.strategies._layers import inside
 
@@ -54,14 +67,13 @@ class Spectrum(Strategy):
         return self._plan(model, PlanInputs(), {n: Ratio(float(-i), False) for i, n in enumerate(names)})
 
     def plan(self, model: nn.Module, inputs: PlanInputs) -> FreezePlan:
-        from addlang.strategies._layers import inside
+        from addlang.strategies._layers import inside, sample
 
         names = [n for n, i in inside(model).items() if i.kind == "linear"]
-        ratios = {}
-        for done, name in enumerate(names, 1):
-            ratios[name] = signal_to_noise(model.get_parameter(name), self.threshold)
-            if inputs.progress is not None:
-                inputs.progress(done, len(names), "singular values")
+        if self.select == "random":
+            order = sample(inputs.seed, "spectrum", len(names), len(names), ordered=False)
+            return self._plan(model, inputs, {n: Ratio(float(i), False) for n, i in zip(names, order, strict=True)})
+        ratios = {name: r[self.threshold] for name, r in all_ratios(model, names, inputs).items()}
         empty = [n for n, r in ratios.items() if r.noise_is_empty]
         if empty:
             warnings.warn(
@@ -85,25 +97,63 @@ class Spectrum(Strategy):
             chosen.update(kinds[n].module for n in ranked[: int(len(names) * self.ratio)])
         is_top = {n for n, i in kinds.items() if i.module in chosen}
         frozen = is_top if self.mode == "freeze_top" else set(kinds) - is_top
-        facts = {n: (r.value if math.isfinite(r.value) else "no noise") for n, r in ratios.items()}
-        return self.finish(model, inputs, freeze_whole(model, kinds, frozen), signal_to_noise=facts)
+        facts: dict[str, Any] = {}
+        if self.select == "signal_to_noise":
+            values = {n: (r.value if math.isfinite(r.value) else "no noise") for n, r in ratios.items()}
+            facts = {"signal_to_noise": values}
+        return self.finish(model, inputs, freeze_whole(model, kinds, frozen), **facts)
+
+
+def all_ratios(model: nn.Module, names: Sequence[str], inputs: PlanInputs) -> dict[str, dict[str, Ratio]]:
+    """Of every matrix the ratio with each threshold; one matrix at a time.
+
+    They are kept in the cache under the model's hash as they come, so that a run that is killed goes on with the next matrix
+    and another run with the same model, whatever its options, computes none.
+    """
+    from addlang.data.journal import Journal, locked
+
+    if inputs.cache_dir is None or not inputs.model_hash:
+        return {n: _ratios(model.get_parameter(n)) for n in names}
+    file = inputs.cache_dir / "spectrum" / f"{inputs.model_hash}-{VERSION}.jsonl"
+    with locked(file.with_suffix(".lock")):
+        journal = Journal(file)
+        known = {row["name"]: row for row in journal.rows}
+        for done, name in enumerate(names, 1):
+            if name not in known:
+                ratios = _ratios(model.get_parameter(name))
+                known[name] = {"name": name, **{t: r.value if r.value < math.inf else None for t, r in ratios.items()}}
+                journal.append([known[name]])
+            if inputs.progress is not None:
+                inputs.progress(done, len(names), "singular values")
+    return {n: {t: Ratio.of(known[n][t]) for t in THRESHOLDS} for n in names}
+
+
+def _ratios(weight: Tensor) -> dict[str, Ratio]:
+    values = singular_values(weight)
+    return {t: _ratio(values, weight.shape[0], weight.shape[1], t) for t in THRESHOLDS}
 
 
 def signal_to_noise(weight: Tensor, threshold: str = "code") -> Ratio:
-    """Of one matrix [out, in]; singular values in fp32, or float64 for a float64 matrix."""
+    """Of one matrix [out, in]."""
+    return _ratio(singular_values(weight), weight.shape[0], weight.shape[1], threshold)
+
+
+def singular_values(weight: Tensor) -> Tensor:
+    """Of one matrix, as float64; computed in fp32, or in float64 for a float64 matrix."""
     import torch
 
     wide = weight.detach() if weight.dtype == torch.float64 else weight.detach().float()
-    values = torch.linalg.svdvals(wide).double()
+    return torch.linalg.svdvals(wide).double()
+
+
+def _ratio(values: Tensor, rows: int, columns: int, threshold: str) -> Ratio:
+    import torch
+
     quartiles = torch.quantile(values, torch.tensor([0.25, 0.75], dtype=torch.float64, device=values.device))
     sigma = float(quartiles[1] - quartiles[0]) / QUARTILES_OF_NORMAL
-    rows, columns = weight.shape
     if threshold == "code":
         bound = sigma * (1 + math.sqrt(min(rows, columns) / max(rows, columns)))
     else:
         bound = sigma * (1 + math.sqrt(columns / rows)) / math.sqrt(rows)
     signal, noise = float(values[values > bound].sum()), float(values[values <= bound].sum())
-    largest = float(values.max())
-    if noise == 0:
-        return Ratio(math.inf, True)
-    return Ratio(signal / noise / largest, False)
+    return Ratio.of(None if noise == 0 else signal / noise / float(values.max()))
