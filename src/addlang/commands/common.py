@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 
-from addlang.errors import AddlangError
+from addlang.errors import AddlangError, did_you_mean
 
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
@@ -18,6 +19,12 @@ OutputDir = Annotated[str, typer.Option("--output_dir", "--output-dir", help="Wh
 def emit(data: Any) -> None:
     """One JSON document on stdout."""
     print(json.dumps(data, ensure_ascii=False, indent=1))
+
+
+def one_of(option: str, value: str, known: Sequence[str]) -> None:
+    """Refuse a value that is none of those known."""
+    if value not in known:
+        raise AddlangError(f"{option}: '{value}' is unknown", did_you_mean(value, known))
 
 
 def quiet(as_json: bool) -> None:

@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from addlang.commands.common import Json, emit, quiet
+from addlang.commands.common import Json, emit, one_of, quiet
+from addlang.commands.data_translate import translate
 from addlang.errors import AddlangError, AddlangWarning
 
 if TYPE_CHECKING:
     from addlang.recipe import DatasetSpec
 
 data_app = typer.Typer(help="Look at training data, and make it.", no_args_is_help=True, add_completion=False)
+
+data_app.command("translate")(translate)
 
 
 @data_app.command("card")
@@ -59,8 +62,7 @@ def card(
     from addlang.schema import parse_list, template_file
 
     quiet(as_json)
-    if deduplicate not in ("none", "exact", "near"):
-        raise AddlangError(f"--deduplicate {deduplicate} is none of none, exact, near")
+    one_of("--deduplicate", deduplicate, ("none", "exact", "near"))
     codes, licences = per_file("--language", language, files), per_file("--license", license or [], files)
     specs = [
         spec_of(path, format=format, text_column=text_column, language=code, license=licence)

@@ -63,6 +63,11 @@ def identify(sentence: str) -> tuple[str, float]:
     return str(language), float(probability)
 
 
+def probabilities(sentence: str) -> dict[str, float]:
+    """Probability of every language that py3langid knows."""
+    return {str(code): float(p) for code, p in _identifier().rank(sentence)}
+
+
 def known_languages() -> frozenset[str]:
     """Codes that :func:`identify` can return."""
     return frozenset(_identifier().labels)

@@ -1,0 +1,1 @@
+"""Making training data: translation, translation demonstrations, code-switching, answers in two languages."""
