@@ -16,7 +16,11 @@ from addlang.strategies import Strategy, available, load_strategy
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "reference.md"
 PARTS: list[tuple[str, type, str]] = [
-    ("Recipe", Recipe, "The top level. A file without `phases` is one phase: the phase's keys stand here too."),
+    (
+        "Recipe",
+        Recipe,
+        "The top level. A file without `phases` is one phase: the phase's keys stand here too. With `phases`, keys of a phase that stand here hold for every phase that does not give its own.",
+    ),
     ("Phase", Phase, "Data, strategy and training. Defaults are those of Table 8 of the SSU paper."),
     ("Data set", DatasetSpec, "An item of `datasets`."),
     ("Calibration", Calibration, "`calibration`: what importance is scored on."),

@@ -118,3 +118,18 @@ def test_a_mixture_trains_as_many_steps_as_its_phases_together(world: World, tmp
     both = {s["path"]: s["trained_tokens"] for c in state["phases"]["data"].values() for s in c["sources"]}
     for source in card["sources"]:
         assert source["trained_tokens"] == pytest.approx(both[source["path"]], rel=0.08)
+
+
+def test_keys_of_a_phase_at_the_top_level_hold_for_every_phase() -> None:
+    shared = {"strategy": "full", "epochs": 2, "sequence_length": 64, "learning_rate": 1e-3}
+    phases = [
+        {"name": "a", "datasets": [{"path": "a"}]},
+        {"name": "b", "datasets": [{"path": "b"}], "tokens": 500, "learning_rate": 2e-3, "strategy": "ssu"},
+    ]
+    recipe = Recipe.parse(
+        {**{k: PHASES[k] for k in ("model_name_or_path", "output_dir", "language")}, **shared, "phases": phases}
+    )
+    a, b = recipe.phases
+    assert (a.epochs, a.tokens, a.learning_rate, a.strategy.name) == (2, None, 1e-3, "full")
+    assert (b.epochs, b.tokens, b.learning_rate, b.strategy.name) == (None, 500, 2e-3, "ssu")
+    assert a.sequence_length == b.sequence_length == 64

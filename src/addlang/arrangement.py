@@ -6,13 +6,32 @@ Works on plain data, before they are validated, so that a run's own recipe.yaml 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from addlang.errors import AddlangWarning
 
 MOVED = ("name", "datasets", "tokens", "epochs")  # what a phase is about; the rest is how it is trained
+BUDGET = ("tokens", "epochs")
 OF_ORDER = ("continue_if", "no_previous_data", "no_previous_weights", "start")  # mean nothing in one phase
+
+
+def share(data: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    """The recipe with keys of a phase that stand at its top level given to every phase that has none of its own.
+
+    Args:
+        keys: those that belong to a phase and not to the recipe.
+    """
+    phases = data.get("phases")
+    if not isinstance(phases, list | tuple) or not all(isinstance(p, Mapping) for p in phases):
+        return dict(data)
+    shared = {k: v for k, v in data.items() if k in keys}
+    rest = {k: v for k, v in data.items() if k not in keys}
+    given = []
+    for phase in phases:
+        taken = {k for k in BUDGET if any(b in phase for b in BUDGET)}  # tokens of its own replace epochs for all
+        given.append({**{k: v for k, v in shared.items() if k not in taken}, **phase})
+    return {**rest, "phases": given}
 
 
 def arrange(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

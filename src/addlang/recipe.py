@@ -43,7 +43,10 @@ RESERVED = {"before", "after"}
 
 
 class Recipe(Strict):
-    """A whole run. A file without ``phases`` is one phase: its keys stand at the top level."""
+    """A whole run. A file without ``phases`` is one phase: its keys stand at the top level.
+
+    With ``phases``, keys of a phase at the top level hold for every phase that does not give its own.
+    """
 
     model_name_or_path: str = Field(description="hub id, local directory, or 'lab'")
     revision: str | None = None
@@ -167,10 +170,11 @@ class Recipe(Strict):
             base_dir: directory against which relative paths are resolved; None: the working directory.
             problems: found already; reported with those found here.
         """
-        from addlang.arrangement import arrange
+        from addlang.arrangement import arrange, share
         from addlang.problems import conflicts, explain, missing_files
 
-        data, obstacles = arrange(data)
+        own = {k for k in Phase.model_fields if k not in cls.model_fields and k not in ("name", "datasets", "parts")}
+        data, obstacles = arrange(share(data, own))
         flat = "phases" not in data
         if flat:
             phase = {k: data.pop(k) for k in list(data) if k in Phase.model_fields and k not in cls.model_fields}
