@@ -19,7 +19,8 @@ PARTS: list[tuple[str, type, str]] = [
     (
         "Recipe",
         Recipe,
-        "The top level. A file without `phases` is one phase: the phase's keys stand here too. With `phases`, keys of a phase that stand here hold for every phase that does not give its own.",
+        "The top level. A file without `phases` is one phase: the phase's keys stand here too. With `phases`, keys of a phase "
+        "that stand here hold for every phase that does not give its own.",
     ),
     ("Phase", Phase, "Data, strategy and training. Defaults are those of Table 8 of the SSU paper."),
     ("Data set", DatasetSpec, "An item of `datasets`."),
