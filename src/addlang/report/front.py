@@ -23,6 +23,7 @@ class Arm:
     y: Interval
     seeds: tuple[tuple[float, float], ...] = ()
     on_front: bool = False
+    faint: bool = False  # a small mark whose label only shows on pointing at it, where many arms would hide each other
 
 
 def front_figure(
@@ -66,7 +67,10 @@ def front_figure(
             for k in range(1, 8):
                 cx, cy = x1 + (x2 - x1) * k / 8, y1 + (y2 - y1) * k / 8
                 labels.obstacles.append((cx - 3, cy - 3, cx + 3, cy + 3))
-        for i, a in enumerate(arms):
+        for a in (a for a in arms if a.faint):
+            canvas.marker(x(a.x[0]), y(a.y[0]), "circle", "mark faint", 3.2, a.label)
+        named = [a for a in arms if not a.faint]
+        for i, a in enumerate(named):
             px, py = x(a.x[0]), y(a.y[0])
             colour = f"c{i % 8 + 1}"
             for sx, sy in a.seeds if len(a.seeds) > 1 else ():
@@ -79,7 +83,7 @@ def front_figure(
                 ends = sorted((x(a.x[1]), x(a.x[2])))
                 labels.obstacles.append((ends[0], py - 2, ends[1], py + 2))
         height = bottom + 46
-        for i, a in enumerate(arms):
+        for i, a in enumerate(named):
             px, py = x(a.x[0]), y(a.y[0])
             shape, colour = SHAPES[i % len(SHAPES)], f"c{i % 8 + 1}"
             canvas.marker(px, py, shape, f"mark {colour}" + ("" if len(a.seeds) > 1 else " hollow"), 6, a.label)

@@ -15,6 +15,7 @@ from addlang.report.front import Arm, Interval, front_figure
 from addlang.report.html import REPORT, environment
 
 RESULTS = "results.json"
+MANY = 14  # points in a figure; of more only the front and the reference are named
 
 
 def read_study(directory: str | os.PathLike[str]) -> dict[str, Any]:
@@ -170,6 +171,8 @@ def _lead(s: Mapping[str, Any]) -> str:
         if seeds == {1}
         else "Crosses are 95 % t intervals over seeds, small dots single seeds."
     )
+    if len(s["rows"]) > MANY:
+        bars += " Named are the front and the reference; small grey marks are the other arms."
     return f"Right and up is better. {bars} The dashed line is the front: no arm beats these in both."
 
 
@@ -179,7 +182,8 @@ def _figure(data: Mapping[str, Any], s: Mapping[str, Any]) -> Any:
     arms = []
     for r in s["rows"]:
         label = r["arm"] if r["learning_rate"] is None else f"{r['arm']} {numbers.scientific(r['learning_rate'])}"
-        arms.append(Arm(label, _times(r["gained"], x_factor), _times(r["kept"], y_factor), (), r["on_front"]))
+        faint = len(s["rows"]) > MANY and not r["on_front"] and r["arm"] != data["reference"]
+        arms.append(Arm(label, _times(r["gained"], x_factor), _times(r["kept"], y_factor), (), r["on_front"], faint))
     points = " (points)"
     return front_figure(
         arms,

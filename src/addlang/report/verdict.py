@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 from addlang.report import numbers
 from addlang.report.files import Comparison, RunData, read_run
@@ -63,12 +63,22 @@ def rows_of(run: RunData, role: str) -> list[Comparison]:
     return [c for c in run.comparison or [] if c.role == role]
 
 
-def about_replies(row: Comparison) -> bool:
+class HasMetric(Protocol):
+    """A comparison or a measurement."""
+
+    @property
+    def metric(self) -> str: ...
+
+
+M = TypeVar("M", bound=HasMetric)
+
+
+def about_replies(row: HasMetric) -> bool:
     """Whether a row says how the model replies (language, repetition): no ability, so not averaged with abilities."""
     return row.metric in ("sentences_in_language", "degenerate_replies")
 
 
-def abilities(rows: Sequence[Comparison]) -> list[Comparison]:
+def abilities(rows: Sequence[M]) -> list[M]:
     """Rows that measure what the model can do: neither bits per byte nor the manner of replies."""
     return [r for r in rows if r.metric != BITS and not about_replies(r)]
 
