@@ -47,7 +47,7 @@ def job(rows_file: Path, tmp_path: Path) -> Job:
         server: Server, *, budget: Budget | None = None, names: dict[str, str] | None = None, **changes: Any
     ) -> Any:
         protector = Protector(names or {})
-        own = {"attempts", "limit", "parts", "unit", "check_language", "target"}
+        own = {"attempts", "limit", "parts", "unit", "check_language", "target", "columns"}
         settings = {"concurrency": 3, "timeout": 5.0, "pause": 0.01, **changes}
         translation = Translation(
             (str(rows_file),), tmp_path / "out.jsonl", "en", settings.pop("target", "de"), protector,

@@ -12,8 +12,42 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-GERMAN = ["Der", "alte", "Mann", "liest", "heute", "Abend", "in", "der", "Küche", "die", "Zeitung", "und", "trinkt", "dabei", "Tee"]
-SPANISH = ["El", "hombre", "viejo", "lee", "esta", "tarde", "el", "periódico", "en", "la", "cocina", "y", "bebe", "una", "taza", "de", "té"]
+GERMAN = [
+    "Der",
+    "alte",
+    "Mann",
+    "liest",
+    "heute",
+    "Abend",
+    "in",
+    "der",
+    "Küche",
+    "die",
+    "Zeitung",
+    "und",
+    "trinkt",
+    "dabei",
+    "Tee",
+]
+SPANISH = [
+    "El",
+    "hombre",
+    "viejo",
+    "lee",
+    "esta",
+    "tarde",
+    "el",
+    "periódico",
+    "en",
+    "la",
+    "cocina",
+    "y",
+    "bebe",
+    "una",
+    "taza",
+    "de",
+    "té",
+]
 
 
 @dataclass

@@ -277,6 +277,20 @@ def test_only_prompts_or_only_responses(job: Job, tmp_path: Path) -> None:
     assert row["output"] != ROWS[0]["output"]
 
 
+def test_columns_of_any_other_format_can_be_named(job: Job, rows_file: Path, tmp_path: Path) -> None:
+    rows_file.write_text(
+        json.dumps({"question": "How many apples are left?", "answer": "He ate them all.", "n": 3}) + "\n"
+    )
+    with pytest.raises(AddlangError, match="row 1: there is no column 'text'"):
+        job(Server())
+    job(Server(), columns=("question",))
+    row = read(tmp_path / "out.jsonl")[0]
+    assert row["question"].startswith("Der alte")
+    assert (row["answer"], row["n"]) == ("He ate them all.", 3)
+    with pytest.raises(AddlangError, match=r"rows\.jsonl, row 1: there is no column 'questions'"):
+        job(Server(), columns=("questions",))
+
+
 def test_sentences_are_asked_for_one_by_one_and_joined_as_they_were(job: Job, rows_file: Path, tmp_path: Path) -> None:
     text = "  The old man reads the paper.\n\n“Is it late?” she asked him. Yes."
     rows_file.write_text(json.dumps({"text": text}) + "\n")

@@ -84,28 +84,32 @@ class LocalModel:
 
     def _translate(self, batch: Sequence[Request]) -> list[Reply]:
         model, tokenizer = self._load()
-        ids = [self._prompt_ids(request, tokenizer) for request in batch]
         room = self._room(model)
-        fits = [i for i, own in enumerate(ids) if len(own) + (0 if self.seq2seq else self._new(len(own))) <= room]
-        new = self._new(max((len(ids[i]) for i in fits), default=0))
-        made: dict[int, list[int]] = {}
+        ids = [self._prompt_ids(request, tokenizer) for request in batch]
+        sizes = [
+            len(tokenizer(request.text, add_special_tokens=False, verbose=False)["input_ids"]) for request in batch
+        ]
+        # an encoder-decoder has room for the text and as much for the reply, a chat model for both together
+        left = [room if self.seq2seq else room - len(own) for own in ids]
+        fits = [i for i, own in enumerate(ids) if len(own) <= room and left[i] > sizes[i]]
+        made: dict[int, tuple[list[int], bool]] = {}
         for attempt in sorted({batch[i].attempt for i in fits}):
             own = [i for i in fits if batch[i].attempt == attempt]
+            new = min(max(self.max_new_tokens or 3 * sizes[i] + 32 for i in own), min(left[i] for i in own))
             decode = self._encoder_decoder if self.seq2seq else self._causal
-            made.update(zip(own, decode(model, tokenizer, [ids[i] for i in own], new, attempt), strict=True))
-        replies = []
+            replies = decode(model, tokenizer, [ids[i] for i in own], new, attempt)
+            made.update((i, (reply, len(reply) >= new)) for i, reply in zip(own, replies, strict=True))
+        found = []
         for i, request in enumerate(batch):
             if i not in made:
-                problem = f"{len(ids[i])} tokens are too long for the model ({room})"
-                replies.append(Reply(request.key, request.attempt, None, problem))
+                problem = f"too long for the model: {len(ids[i])} tokens and a reply do not fit into {room}"
+                found.append(Reply(request.key, request.attempt, None, problem))
                 continue
-            text = tokenizer.decode(made[i], skip_special_tokens=True)
-            problem_or_none = f"cut off after {new} tokens" if len(made[i]) >= new else None
-            replies.append(Reply(request.key, request.attempt, text, problem_or_none, len(ids[i]), len(made[i])))
-        return replies
-
-    def _new(self, length: int) -> int:
-        return self.max_new_tokens or 3 * length + 32
+            tokens, cut = made[i]
+            text = tokenizer.decode(tokens, skip_special_tokens=True)
+            why = f"cut off after {len(tokens)} tokens" if cut else None
+            found.append(Reply(request.key, request.attempt, text, why, len(ids[i]), len(tokens)))
+        return found
 
     def _room(self, model: Any) -> int:
         config = model.config.get_text_config()

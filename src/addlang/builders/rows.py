@@ -38,18 +38,19 @@ def read_file(path: str, format: str, text_column: str) -> Iterator[tuple[int, d
         yield row, record, format
 
 
-def places(record: Mapping[str, Any], format: str, parts: Parts, text_column: str = "text") -> list[Place]:
+def places(record: Mapping[str, Any], format: str, parts: Parts, columns: Sequence[str] = ("text",)) -> list[Place]:
     """Where the texts of a row are that are to be worked on; empty ones are left out.
+
+    Args:
+        columns: of the formats ``text`` and ``columns``.
 
     Raises:
         AddlangError: the row is not of that format (the caller adds file and row).
     """
     found: list[Place] = []
-    if format == "text":
-        found = [(text_column,)]
-    elif format in _COLUMNS:
-        columns = _COLUMNS[format]
-        wanted = [name for part in ("prompts", "responses") if parts in ("all", part) for name in columns[part]]
+    if format in ("text", "columns") or format in _COLUMNS:
+        own = _COLUMNS.get(format)
+        wanted = list(columns) if own is None else [n for part in own if parts in ("all", part) for n in own[part]]
         missing = [name for name in wanted if name not in record and name not in ("system", "input", "system_prompt")]
         if missing:
             raise AddlangError(f"there is no column '{missing[0]}'", f"columns are {', '.join(record)}")

@@ -43,6 +43,7 @@ class Translation:
             for later, ``<output>.journal.jsonl`` stand beside it.
         source, target: ISO 639 codes.
         parts: which texts of a conversation.
+        columns: translate just these columns, whatever the format.
         unit: what is one request.
         attempts: how often a text is asked for.
         limit: first rows of all files together.
@@ -54,6 +55,7 @@ class Translation:
     target: str
     protector: Protector
     parts: Parts = "all"
+    columns: tuple[str, ...] = ()
     format: str = "auto"
     text_column: str = "text"
     unit: Unit = "text"
@@ -82,13 +84,13 @@ def translate(
 
     Args:
         budget: that of the back-end; what earlier sittings spent is counted first.
-        progress: called with the number of texts done and of those known so far.
+        progress: called with the number of texts done and an estimate of all.
 
     Raises:
         AddlangError: bad rows (with file and row), or a back-end that does not answer; what came before is kept.
     """
     job.output.parent.mkdir(parents=True, exist_ok=True)
-    with locked(job.beside(".lock")):
+    with locked(job.output.with_name(f".{job.output.name}.lock")):
         work = _Work(job, backend, budget)
         complete = work.carry_out(progress)
         return work.write(complete)
@@ -118,11 +120,11 @@ class _Work:
         """``(file, row, columns, format, places)`` of the rows to be translated."""
         job, number = self.job, 0
         for file in job.files:
-            for row, record, format in read_file(file, job.format, job.text_column):
+            for row, record, format in read_file(file, "columns" if job.columns else job.format, job.text_column):
                 if number == job.limit:
                     return
                 try:
-                    found = places(record, format, job.parts, job.text_column)
+                    found = places(record, format, job.parts, job.columns or (job.text_column,))
                 except AddlangError as error:
                     raise located(error, file, row) from None
                 number += 1
@@ -162,12 +164,14 @@ class _Work:
     def carry_out(self, progress: Callable[[int, int], None] | None) -> bool:
         """Ask for everything that is not there yet; False if the cap ended it."""
         known: dict[str, _Piece] = {}
-        done = 0
+        done = read = 0
         again: deque[Request] = deque()
+        number = sum(1 for _ in self.rows())  # bad rows are found before anything is paid for
 
         def unasked() -> Iterator[Request]:
-            nonlocal done
+            nonlocal done, read
             for _, _, record, _, found in self.rows():
+                read += 1
                 for place in found:
                     for piece in self.pieces(text_at(record, place)):
                         if piece.key is None or piece.key in known:
@@ -190,7 +194,7 @@ class _Work:
                 else:
                     done += 1
                 if progress is not None:
-                    progress(done, len(known))
+                    progress(done, round(len(known) * number / read))
         except OutOfBudgetError:
             return False
         return True
@@ -228,7 +232,10 @@ class _Work:
                     yield {"id": row, **new, "language": self.job.target, "translated_from": self.job.source}
 
         written = write_rows(self.job.output, translated())
-        write_rows(self.job.beside(".rejects.jsonl"), rejects)
+        if rejects:
+            write_rows(self.job.beside(".rejects.jsonl"), rejects)
+        else:
+            self.job.beside(".rejects.jsonl").unlink(missing_ok=True)
         kept = [reply for replies in self.replies.values() for reply in replies]
         about = {
             "output": str(self.job.output),
@@ -275,7 +282,10 @@ class _Work:
 
 def _kind(reason: str) -> str:
     """A reason without its particulars, for counting."""
-    for sign in ("lost", "repeated", "invented", "cut off", "refused by the server", "still in", "withheld", "empty"):
+    signs = (
+        "lost", "repeated", "invented", "cut off", "refused by the server", "still in", "withheld", "empty", "too long",
+    )  # fmt: skip
+    for sign in signs:
         if reason.startswith(sign):
             return sign
     if reason.startswith("in '"):

@@ -59,6 +59,9 @@ def translate(
         Path | None, typer.Option(help="Names to keep, one per line; after a tab, their one translation.")
     ] = None,
     parts: Annotated[str, typer.Option(help="all, prompts or responses: which texts of a conversation.")] = "all",
+    columns: Annotated[
+        str | None, typer.Option(help="Translate these columns (comma-separated) of rows of any other format.")
+    ] = None,
     unit: Annotated[
         str | None, typer.Option(help="text or sentence: what is one request. Default: sentence for seq2seq models.")
     ] = None,
@@ -93,6 +96,7 @@ def translate(
     from addlang.builders.translate import translate as carry_out
     from addlang.progress import progress
     from addlang.report.numbers import language_name
+    from addlang.schema import parse_list
 
     quiet(as_json)
     one_of("--parts", parts, ("all", "prompts", "responses"))
@@ -128,9 +132,20 @@ def translate(
         )  # fmt: skip
         unit = unit or ("sentence" if backend.seq2seq else "text")
     job = Translation(
-        tuple(files), output, source, target, protector, parts=parts, format=format, text_column=text_column,  # type: ignore[arg-type]
-        unit=unit or "text", attempts=attempts, check_language=language_check, limit=limit,  # type: ignore[arg-type]
-    )  # fmt: skip
+        tuple(files),
+        output,
+        source,
+        target,
+        protector,
+        parts=parts,  # type: ignore[arg-type]
+        columns=tuple(parse_list(columns or "")),
+        format=format,
+        text_column=text_column,
+        unit=unit or "text",  # type: ignore[arg-type]
+        attempts=attempts,
+        check_language=language_check,
+        limit=limit,
+    )
     with progress("translating", unit="texts") as bar:
 
         def advance(done: int, known: int) -> None:
