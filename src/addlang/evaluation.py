@@ -38,15 +38,7 @@ def evaluate_models(
         "source_datasets": [{"path": p, "role": "source"} for p in source_texts],
         "target_datasets": [{"path": p} for p in target_texts],
     }
-    # parsed through the recipe, so that mistakes are reported as everywhere else
-    placeholder = {
-        "model_name_or_path": model,
-        "output_dir": ".",
-        "language": language,
-        "datasets": [{"path": "."}],
-        "strategy": "full",
-    }
-    recipe = Recipe.parse({**placeholder, "evaluation": settings}, where="addlang evaluate")
+    recipe = evaluation_recipe(model, language, settings, "addlang evaluate")
     names = [n for n in (against, model) if n is not None]
     outcomes = {n: _measure(n, recipe.evaluation, recipe) for n in names}
     rows = [m.row(model=n, phase="", seed=0) for n in names for m in outcomes[n].measurements]
@@ -85,6 +77,18 @@ def evaluate_models(
         "not_run": not_run,
         "table": [["model", "task", "role", "metric", "value", "n"], table],
     }
+
+
+def evaluation_recipe(model: str, language: str, settings: dict[str, Any], where: str) -> Recipe:
+    """A recipe of which only the evaluation counts: mistakes in the settings are reported as in every recipe."""
+    placeholder = {
+        "model_name_or_path": model,
+        "output_dir": ".",
+        "language": language,
+        "datasets": [{"path": "."}],
+        "strategy": "full",
+    }
+    return Recipe.parse({**placeholder, "evaluation": settings}, where=where)
 
 
 def _measure(name: str, evaluation: Evaluation, recipe: Recipe) -> Any:

@@ -212,6 +212,56 @@ def revert(
     _merge("revert", data, output_dir, config_from, tokenizer, restore, overwrite, as_json)
 
 
+@merge_app.command("revert-to-budget")
+def revert_to_budget(
+    model: Annotated[str, typer.Argument(help="A run's directory, or the trained model with --source.")],
+    keep: Annotated[
+        float, typer.Option(help="Least share of the source language, such as 0.97: lower end of its interval.")
+    ],
+    by: Annotated[str, typer.Option(help="overall: one share; module or layer: one for each.")] = "overall",
+    steps: Annotated[int, typer.Option(min=2, help="Shares are tested upward in steps of 1/STEPS.")] = 20,
+    source: Annotated[
+        str | None, typer.Option("--source", help="What it was trained from. Default: the run's model.")
+    ] = None,
+    output_dir: Annotated[
+        str | None, typer.Option("--output_dir", "--output-dir", help="Default: MODEL-keep-KEEP.")
+    ] = None,
+    watch: Annotated[
+        list[str] | None, typer.Option(help="Task of the source language that counts. Default: all but bits per byte.")
+    ] = None,
+    language: Annotated[str | None, typer.Option(help="Target language. Default: the run's.")] = None,
+    tasks: Annotated[str, typer.Option(help="Comma-separated, as in 'evaluate'. Default: the run's.")] = "",
+    text: Annotated[
+        list[str] | None, typer.Option(help="Held-out target text. Default: what the run held out.")
+    ] = None,
+    source_text: Annotated[
+        list[str] | None,
+        typer.Option("--source_text", "--source-text", help="Held-out source text. Default: the run's."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Items per task. Default: the run's.")] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """The largest share of an update that keeps the source language: searched, confirmed, written. Exit code 3 if none does."""
+    from addlang.merge.budget_report import sentence, table
+    from addlang.merge.to_budget import Wanted
+    from addlang.merge.to_budget import revert_to_budget as search
+
+    quiet(as_json)
+    out = Path(output_dir or f"{model.rstrip('/')}-keep-{keep:g}")
+    wanted = Wanted(language, tasks, tuple(text or ()), tuple(source_text or ()), limit)
+    record = search(
+        model, out, keep=keep, by=by, steps=steps, source=source, watch=watch or (), wanted=wanted, overwrite=overwrite
+    )
+    if as_json:
+        emit({"output_dir": str(out), **record})
+        return
+    from addlang.report import render_table
+
+    render_table(*table(record["budget"]))
+    print(f"\n{sentence(record['budget'])}.\n{record['budget']['looks']}\n\nmodel   {out}")
+
+
 @merge_app.command("special-tokens")
 def special_tokens(
     model: Annotated[str, typer.Argument(help="Model that gets them.")],
