@@ -217,3 +217,54 @@ def test_missing_calibration_is_an_error_and_never_falls_back_to_magnitude() -> 
 def test_unknown_scorer_names_the_nearest() -> None:
     with pytest.raises(AddlangError, match="Did you mean 'wanda'"):
         make_scorer("wandda")
+
+
+@pytest.mark.parametrize("scorer", ["wanda", "sparsegpt", "fisher"])
+def test_scores_do_not_depend_on_how_sequences_fall_into_batches(scorer: str) -> None:
+    """Layers that share an input once shared, and so summed thrice, one statistic from the second batch on."""
+    model = make_model("llama")
+    whole = calibration(sequences=6)
+    single = [
+        {"input_ids": b["input_ids"][i : i + 1, :n], "attention_mask": b["attention_mask"][i : i + 1, :n]}
+        for b in whole
+        for i, n in enumerate(b["attention_mask"].sum(1).tolist())
+    ]
+
+    class Single:
+        sequences = len(single)
+
+        def __iter__(self) -> Any:
+            return iter(single)
+
+    one, other = (Scores.collect(model, make_scorer(scorer), "column", c) for c in (whole, Single()))  # type: ignore[arg-type]
+    model.double()
+    exact = Scores.collect(model, make_scorer(scorer), "column", Single())  # type: ignore[arg-type]
+    for name in exact:
+        want = exact[name]
+        for found in (one[name], other[name]):
+            assert torch.allclose(found.double() / found.double().norm(), want / want.norm(), rtol=2e-3, atol=1e-6), name
+
+
+def test_wanda_of_several_batches_equals_a_direct_computation() -> None:
+    model = make_model("llama")
+    given = calibration(sequences=6)
+    seen: dict[str, torch.Tensor] = {}
+
+    def hook(name: str, rows: torch.Tensor) -> Any:
+        def add(_: Any, args: Any) -> None:
+            seen[name] = seen.get(name, 0) + args[0][rows].double().square().sum(0)
+
+        return add
+
+    names = [f"model.layers.0.self_attn.{leaf}" for leaf in ("q_proj", "k_proj", "v_proj", "o_proj")]
+    for batch in given:
+        rows = batch["attention_mask"].bool()
+        handles = [model.get_submodule(n).register_forward_pre_hook(hook(n, rows)) for n in names]
+        with torch.no_grad():
+            model(**batch)
+        for h in handles:
+            h.remove()
+    scores = Scores.collect(model, make_scorer("wanda"), "column", given)
+    for n in names:
+        want = model.get_submodule(n).weight.detach().abs().sum(0) * seen[n].sqrt().float()
+        assert torch.allclose(scores[f"{n}.weight"], want, rtol=1e-5), n

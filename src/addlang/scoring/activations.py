@@ -108,7 +108,7 @@ def _add(table: dict[str, Tensor], name: str, value: Tensor) -> None:
     if name in table:
         table[name] += value
     else:
-        table[name] = value.double()
+        table[name] = value.to(torch.float64, copy=True)  # modules with one input are given one tensor
 
 
 def sum_of_squares(x: Tensor, rows: Tensor | None, norm: nn.Module | None = None) -> Tensor:
