@@ -12,13 +12,11 @@ where others use the machine.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import platform
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -137,31 +135,30 @@ class Step:
         return time.perf_counter() - start, time.process_time() - used
 
 
-def resident_bytes() -> int:
-    """Memory of this process that is in use now, after what was freed is given back to the system."""
-    if platform.system() == "Linux":
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-    return 0
+def estimated(args: argparse.Namespace, step: Step) -> int:
+    """What ``addlang plan`` says that this step needs."""
+    from addlang.recipe import Phase
+    from addlang.train.memory import estimate
 
-
-class Peak:
-    """Largest resident memory while open, sampled every 2 ms: the kernel's own high-water mark cannot be reset here."""
-
-    def __enter__(self) -> Peak:
-        self.bytes, self._open = 0, True
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while self._open:
-            self.bytes = max(self.bytes, int(Path("/proc/self/statm").read_text().split()[1]) * 4096)
-            time.sleep(0.002)
-
-    def __exit__(self, *_: object) -> None:
-        self._open = False
-        self._thread.join()
+    phase = Phase.model_validate(
+        {
+            "datasets": [{"path": "x"}],
+            "strategy": "full",
+            "sequence_length": args.sequence_length,
+            "activation_checkpointing": args.checkpointing,
+        }
+    )
+    form: Any = args.mode.rpartition("_")[2] if "_" in args.mode else "masked"
+    compute = 2 if args.precision == "bf16" else 4
+    return estimate(
+        step.model.config,
+        step.attached.plan,
+        phase,
+        micro=args.batch,
+        stored_bytes=compute,
+        compute_bytes=compute,
+        form=form,
+    )["total"]
 
 
 def child(args: argparse.Namespace) -> None:
@@ -172,6 +169,7 @@ def child(args: argparse.Namespace) -> None:
     import addlang.freeze.execution
     import addlang.strategies.base
     import addlang.train.loss  # noqa: F401 - modules count as baseline
+    from addlang.train.peak import Peak, resident_bytes
 
     torch.set_num_threads(args.threads)
     cuda = args.device == "cuda"
@@ -190,7 +188,7 @@ def child(args: argparse.Namespace) -> None:
         with Peak() as watch:
             step()
         peak = watch.bytes - empty
-    print(json.dumps({"flops": flops, "peak_memory": peak}), flush=True)
+    print(json.dumps({"flops": flops, "peak_memory": peak, "estimate": estimated(args, step)}), flush=True)
     for _ in sys.stdin:
         print(json.dumps(step()), flush=True)
 
@@ -247,6 +245,10 @@ def measure(args: argparse.Namespace, precision: str, checkpointing: bool) -> di
         ratios["split/full"] = ratios[
             min(split, key=lambda m: modes[m]["cpu_time" if args.device == "cpu" else "time"]) + "/full"
         ]
+    for mode, result in modes.items():
+        if "failed" not in result:
+            result["estimate/measured"] = result["estimate"] / result["peak_memory"]
+            print(f"  {mode:22} estimate/measured memory {result['estimate/measured']:.3f}", file=sys.stderr)
     for name, r in ratios.items():
         print(f"  {name:22} " + "  ".join(f"{k} {v:.3f}" for k, v in r.items()), file=sys.stderr)
     return {"precision": precision, "checkpointing": checkpointing, "batch": batch, "modes": modes, "ratios": ratios}

@@ -17,6 +17,7 @@ from addlang.commands.common import EXTRA, Json, OutputDir, Overwrite, emit, par
 from addlang.commands.data import data_app
 from addlang.commands.lab import lab_app
 from addlang.commands.merge import merge_app, show_merge_proof
+from addlang.commands.preflight import preflight
 from addlang.commands.sweep import sweep
 from addlang.errors import AddlangError, AddlangWarning
 
@@ -33,6 +34,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(merge_app, name="merge")
 app.command(context_settings=EXTRA)(sweep)
 app.command(context_settings=EXTRA)(analyze)
+app.command(context_settings=EXTRA)(preflight)
 
 
 @app.command(context_settings=EXTRA)
@@ -262,6 +264,9 @@ def verify(
 def strategies(
     table: Annotated[bool, typer.Option("--table", help="What each costs: trained share, FLOPs, optimizer.")] = False,
     model: Annotated[str, typer.Option(help="With --table: preset (olmo2-7b), directory or hub id.")] = "olmo2-7b",
+    measure: Annotated[
+        bool, typer.Option("--measure", help="With --table: also time and peak memory of a step, measured here.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """List the methods, each with its paper."""
@@ -271,6 +276,12 @@ def strategies(
         from addlang.strategies.costs import table as costs
 
         found = costs(model)
+        if measure:
+            from addlang.strategies.measured import cells as measured_cells
+            from addlang.strategies.measured import measured
+
+            here = measured({r["strategy"]: r["options"] for r in found})
+            found = [{**r, **here[r["strategy"]]} for r in found]
         if as_json:
             emit(found)
             return
@@ -282,11 +293,13 @@ def strategies(
                 f"{r['trained_share']:.1%}",
                 f"{r['flops_ratio']:.3f}",
                 f"{r['optimizer_ratio']:.3f}",
+                *(measured_cells(r["strategy"], here) if measure else []),
                 r["note"] or "",
             ]
             for r in found
         ]
-        render_table(["strategy", "trained", "FLOPs / full", "optimizer / full", "note"], cells)
+        measured_columns = ["time / full here", "memory / full here"] if measure else []
+        render_table(["strategy", "trained", "FLOPs / full", "optimizer / full", *measured_columns, "note"], cells)
         return
     rows = [{"name": c.name, "paper": c.paper, "summary": c.summary} for c in map(load_strategy, available())]
     if as_json:

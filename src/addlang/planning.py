@@ -61,7 +61,9 @@ def plan_run(
             row = groups.setdefault(kinds[name].group, [0, 0])
             row[0] += entry.numel
             row[1] += entry.frozen_count
+        kept, besides = phase.strategy.footprint(model, plan)
         about: dict[str, Any] = {
+            "besides": besides,
             "stored_bytes": stored.dtype.itemsize,
             "compute_bytes": dtype.itemsize,
             "form": form_of(plan, phase, splittable=refused is None),
@@ -69,10 +71,10 @@ def plan_run(
         }
         steps = data.sequences // data.batch_size
         master = 4 if phase.master_weights == "fp32" else stored.dtype.itemsize
-        memory = estimate(config, plan, phase, micro=micro, **about)
+        memory = estimate(config, kept, phase, micro=micro, **about)
         seconds = None
         if probe:
-            need = estimate(config, plan, phase, micro=micro, **{**about, "shards": 1})["total"]
+            need = estimate(config, kept, phase, micro=micro, **{**about, "shards": 1})["total"]
             seconds = steps * seconds_per_step(source, phase, plan, data, micro=micro, need=need, device=here)
         phases.append(
             {
@@ -81,8 +83,8 @@ def plan_run(
                 "execution": "masked" if masked else "split",
                 "why_masked": refused if phase.execution == "auto" and refused else None,
                 "parameters": plan.numel,
-                "trainable": plan.trainable_count,
-                "trainable_fraction": plan.trainable_fraction,
+                "trainable": kept.trainable_count + besides,
+                "trainable_fraction": (kept.trainable_count + besides) / plan.numel,
                 "groups": [{"group": g, "elements": n, "frozen": f} for g, (n, f) in groups.items()],
                 "tokens": data.card["tokens"],
                 "steps": steps,
@@ -91,9 +93,9 @@ def plan_run(
                 "sources": data.card["sources"],
                 "notes": data.card["notes"],
                 "memory": memory,
-                "gpu": None if gpu is None else fit_gpu(config, model, plan, phase, micro, about, gpu * GIB * USABLE),
+                "gpu": None if gpu is None else fit_gpu(config, model, kept, phase, micro, about, gpu * GIB * USABLE),
                 "seconds": seconds,
-                "checkpoint_bytes": round(plan.trainable_count * (master + optimizer_bytes(phase, master))),
+                "checkpoint_bytes": round((kept.trainable_count + besides) * (master + optimizer_bytes(phase, master))),
             }
         )
     weights = sum(math.prod(shape) for _, shape in stored.header.values()) * stored.dtype.itemsize

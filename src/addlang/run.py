@@ -154,7 +154,7 @@ def adapt(
     plan, guards = world.in_turn(lambda: prepare(model))
     if phase.use_liger_kernel:
         apply_liger(model)
-    with explain_out_of_memory(model.config, plan, phase, micro=micro, device=device, stored=stored.dtype, world=world):
+    with explain_out_of_memory(model, plan, phase, micro=micro, device=device, stored=stored.dtype, world=world):
         attached = phase.strategy.attach(model, plan, phase.execution, masters=phase.master_weights == "fp32")
         planned = run.state.get("plan", {})
         run.update(plan={**planned, phase.name: {**planned.get(phase.name, {}), "execution": attached.execution}})
@@ -232,10 +232,11 @@ def make_plan(
         plan = phase.strategy.plan(model, inputs)
     plan.validate(model)
     plan.save(path)
+    kept, besides = phase.strategy.footprint(model, plan)
     about = {
         **plan.provenance,
         "execution": phase.execution,
-        "trainable_fraction": plan.trainable_fraction,
+        "trainable_fraction": (kept.trainable_count + besides) / plan.numel,
         "paper": phase.strategy.paper,
         "summary": phase.strategy.summary,
     }

@@ -268,3 +268,13 @@ def test_the_allocators_memory_is_part_of_the_checkpoint() -> None:
 def test_the_initial_rank_must_be_larger_than_the_target() -> None:
     with pytest.raises(AddlangError, match="initial_rank 8 must be larger than target_rank 8"):
         make_strategy("adalora", {"initial_rank": 8})
+
+
+def test_memory_counts_the_adapters_and_not_the_matrices_that_they_change() -> None:
+    model = make_model("llama")
+    strategy = make_strategy("lora", {"rank": 4})
+    plan = strategy.outline(model)
+    kept, besides = strategy.footprint(model, plan)
+    attached = strategy.attach(model, plan, "auto")
+    assert kept.trainable_count + besides == sum(p.numel() for _, p in attached.named_trainable())
+    assert kept.trainable_count < plan.trainable_count

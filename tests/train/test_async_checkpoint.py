@@ -197,7 +197,7 @@ def test_out_of_memory_ends_with_the_estimate_and_settings_that_fit(
     about = {"micro": 2, "device": CPU, "stored": torch.bfloat16}
     with (
         pytest.raises(AddlangError, match=r"training needs about .* GiB per device") as caught,
-        explain_out_of_memory(attached.model.config, attached.plan, phase(), **about),
+        explain_out_of_memory(attached.model, attached.plan, phase(), **about),
     ):
         run(tmp_path, attached)
     for setting in ("activation_checkpointing: true", "optimizer: adamw_8bit"):
@@ -221,7 +221,7 @@ def test_other_errors_pass_through() -> None:
     with (
         pytest.raises(RuntimeError, match="a bug"),
         explain_out_of_memory(
-            attached.model.config, attached.plan, phase(), micro=2, device=CPU, stored=torch.bfloat16
+            attached.model, attached.plan, phase(), micro=2, device=CPU, stored=torch.bfloat16
         ),
     ):
         raise RuntimeError("a bug")

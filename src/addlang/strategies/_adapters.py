@@ -96,6 +96,14 @@ class AdapterStrategy(Strategy):
     def _attached(self, model: nn.Module, plan: FreezePlan, peft: Any, masters: bool) -> Attached:
         raise TypeError(f"strategy '{self.name}' must define _attached()")
 
+    def footprint(self, model: nn.Module, plan: FreezePlan) -> tuple[FreezePlan, int]:
+        from addlang.freeze.plan import FreezePlan, Frozen
+        from addlang.strategies._layers import inside
+
+        kinds = inside(model)  # it moves when the adapters are merged, but is not what the optimizer owns
+        entries = {n: Frozen(e.shape, "all") if n in kinds else e for n, e in plan.entries.items()}
+        return FreezePlan(entries, plan.model_hash, plan.provenance), self._size(model)
+
     def cost(self, model: nn.Module) -> Cost:
         from addlang.models import embedding_names
         from addlang.strategies._layers import inside

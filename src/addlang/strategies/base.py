@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from addlang.recipe import TrainSettings
     from addlang.strategies.costs import Cost
 
-HELPERS = ("base", "costs")
+HELPERS = ("base", "costs", "measured")
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,10 @@ class Strategy(BaseModel):
         from addlang.strategies.costs import of_plan
 
         return of_plan(model, self.outline(model))
+
+    def footprint(self, model: nn.Module, plan: FreezePlan) -> tuple[FreezePlan, int]:
+        """What training keeps in memory: which of the model's own elements it trains, and how many elements besides."""
+        return plan, 0
 
     def attach(self, model: nn.Module, plan: FreezePlan, execution: str, *, masters: bool = True) -> Attached:
         """Realise the plan on the model, before sharding and before the optimizer is built."""

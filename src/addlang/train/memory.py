@@ -31,6 +31,7 @@ def estimate(
     compute_bytes: int,
     form: Form,
     shards: int = 1,
+    besides: int = 0,
 ) -> dict[str, int]:
     """Bytes of every part of one training step on one device.
 
@@ -42,12 +43,13 @@ def estimate(
         form: masked execution keeps whole tensors as masters as soon as one element of them is trained; the resident
             split form keeps dense weights in the compute type.
         shards: devices that weights, gradients and optimizer state are spread over (FSDP2).
+        besides: trained elements that are none of the model's own (adapters).
 
     Returns:
         ``frozen_weights``, ``trained_weights``, ``compute_copies``, ``gathered`` (of other devices' shards),
         ``gradients``, ``optimizer``, ``activations``, ``logits`` and their ``total``.
     """
-    trained = frozen = partly = 0
+    trained, frozen, partly = besides, 0, 0
     for entry in plan.entries.values():
         free = entry.numel - entry.frozen_count
         n = entry.numel if form == "masked" and free else free
@@ -195,7 +197,7 @@ def that_fit(found: Iterator[Choice], available: float, count: int = 3) -> list[
 
 @contextlib.contextmanager
 def explain_out_of_memory(
-    config: Any,
+    model: Any,
     plan: FreezePlan,
     phase: Phase,
     *,
@@ -214,7 +216,10 @@ def explain_out_of_memory(
     except (RuntimeError, MemoryError) as error:  # torch's own is a RuntimeError
         if not ran_out(error):
             raise
-        raise out_of_memory(config, plan, phase, micro=micro, device=device, stored=stored, world=world) from error
+        kept, besides = phase.strategy.footprint(model, plan)
+        raise out_of_memory(
+            model.config, kept, phase, micro=micro, device=device, stored=stored, world=world, besides=besides
+        ) from error
 
 
 def ran_out(error: BaseException) -> bool:
@@ -236,12 +241,14 @@ def out_of_memory(
     device: torch.device,
     stored: torch.dtype,
     world: World = ALONE,
+    besides: int = 0,
 ) -> AddlangError:
     """The error with the estimate and at most three settings that would fit."""
     from addlang.train.loop import compute_dtype
 
     shards = world.size if sharding_of(phase, world) == "fsdp" else 1
     about = {
+        "besides": besides,
         "stored_bytes": stored.itemsize,
         "compute_bytes": (compute_dtype(phase, device) or stored).itemsize,
         "form": form_of(plan, phase),
