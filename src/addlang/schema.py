@@ -101,6 +101,11 @@ class DatasetSpec(Strict):
     revision: str | None = Field(None, description="hub revision")
     format: Literal["auto", "text", "messages", "prompt_completion", "alpaca", "sharegpt", "openorca"] = "auto"
     text_column: str = Field("text", description="column that holds raw text")
+    prompt_template: str | None = Field(
+        None,
+        description="makes a conversation of any columns, as in 'Parse: {query}'; together with completion_template",
+    )
+    completion_template: str | None = Field(None, description="its answer, as in '{parse}'")
     weight: float | None = Field(None, gt=0, description="share of the training tokens; None: in proportion to size")
     role: Literal["target", "source", "replay"] = "target"
     language: str | None = Field(
@@ -110,6 +115,14 @@ class DatasetSpec(Strict):
         None, description="licence, quoted in the model card; a warning if it forbids commercial use"
     )
     limit: Count | None = Field(None, gt=0, description="read at most this many rows")
+
+    @model_validator(mode="after")
+    def _templates_stand_together(self) -> DatasetSpec:
+        if (self.prompt_template is None) != (self.completion_template is None):
+            raise ValueError("prompt_template and completion_template stand together; give both")
+        if self.prompt_template is not None and self.format != "auto":
+            raise ValueError("templates take the place of format; leave one out")
+        return self
 
 
 class Calibration(Strict):

@@ -223,3 +223,24 @@ def test_identity_changes_with_the_file_and_with_the_settings(write_jsonl: Write
     assert read_rows(DatasetSpec(path=str(path), limit=1)).identity() != before
     write_jsonl({"text": "other"})
     assert read_rows(DatasetSpec(path=str(path))).identity() != before
+
+
+def test_templates_make_a_conversation_of_any_columns(write_jsonl: Any) -> None:
+    path = write_jsonl(
+        {"query": "kal {x} barish?", "parse": "[IN:WEATHER]", "n": 3}, {"query": "b", "parse": None, "n": 4}
+    )
+    spec = {"path": str(path), "prompt_template": "Parse {n}: {query}", "completion_template": "{parse}"}
+    with pytest.warns(AddlangWarning, match="1 empty row"):
+        (row,) = list(read_rows(DatasetSpec.model_validate(spec)))
+    assert row.messages == [
+        {"role": "user", "content": "Parse 3: kal {x} barish?"},
+        {"role": "assistant", "content": "[IN:WEATHER]"},
+    ]
+    wrong = DatasetSpec.model_validate({**spec, "completion_template": "{pars}"})
+    with pytest.raises(AddlangError, match=r"row 1: there is no column 'pars'(.|\n)*parse"):
+        list(read_rows(wrong))
+
+
+def test_one_template_alone_is_refused(write_jsonl: Any) -> None:
+    with pytest.raises(ValueError, match="stand together"):
+        DatasetSpec.model_validate({"path": "x", "prompt_template": "{a}"})

@@ -70,7 +70,9 @@ class Rows:
             found = False
             for line, record in records:
                 found = True
-                if format is None:
+                if self.spec.prompt_template is not None:
+                    format = "templates"
+                elif format is None:
                     format = detect_format(record, self.spec.text_column, file, line)
                 row = _row(record, format, self.spec, file, line, license)
                 if row is None:
@@ -106,6 +108,8 @@ class Rows:
         """What the rows depend on, for fingerprints: size and time of every file, or id and revision on the hub."""
         keys = ("format", "text_column", "limit", "license")
         parts: dict[str, Any] = {key: getattr(self.spec, key) for key in keys}
+        if self.spec.prompt_template is not None:
+            parts["templates"] = [self.spec.prompt_template, self.spec.completion_template]
         if self.files is None:
             hub = ("path", "name", "split", "revision")
             return parts | {key: getattr(self.spec, key) for key in hub}
@@ -165,7 +169,7 @@ def _row(
     license = own if isinstance(own, str) and own else license
     if format != "text":
         try:
-            messages = to_messages(record, format)
+            messages = _templated(record, spec) if format == "templates" else to_messages(record, format)
         except AddlangError as error:
             raise row_error(file, line, error.message, error.fix) from None
         return None if is_blank(messages) else Row(None, messages, file, line, license)
@@ -177,6 +181,19 @@ def _row(
         message = f"column '{spec.text_column}' must be text, it is {type(text).__name__}"
         raise row_error(file, line, message, "choose another text_column")
     return Row(text, None, file, line, license) if text and not text.isspace() else None
+
+
+def _templated(record: Mapping[str, Any], spec: DatasetSpec) -> list[Message]:
+    """One question and answer: the templates with columns in place of ``{column}``."""
+
+    def column(match: re.Match[str]) -> str:
+        if match[1] not in record:
+            raise AddlangError(f"there is no column '{match[1]}'", did_you_mean(match[1], record))
+        value = record[match[1]]
+        return "" if value is None else str(value)
+
+    texts = [re.sub(r"\{(\w+)\}", column, str(t)) for t in (spec.prompt_template, spec.completion_template)]
+    return [{"role": r, "content": t.strip()} for r, t in zip(("user", "assistant"), texts, strict=True)]
 
 
 def _local_files(given: str, base_dir: Path | None) -> list[Path] | None:
