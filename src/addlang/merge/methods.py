@@ -96,9 +96,17 @@ class Merge(Strict, ABC):
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
+def _density(value: Setting | None) -> Setting | None:
+    if value is not None and not all(0 < v <= 1 for v in values_of(value)):
+        raise ValueError("a density lies above 0 and is at most 1")
+    return value
+
+
 class ModelParameters(Strict):
     weight: Setting | None = None
     density: Setting | None = None
+
+    _check = field_validator("density")(_density)
 
 
 class Weighted(Strict):
@@ -224,12 +232,6 @@ class TaskArithmetic(Merge):
             return task_arithmetic(lambda: part.blocks(*self.names()), self.weights(part), p.scale, p.normalize)
 
         return Started(merge)
-
-
-def _density(value: Setting | None) -> Setting | None:
-    if value is not None and not all(0 < v <= 1 for v in values_of(value)):
-        raise ValueError("a density lies above 0 and is at most 1")
-    return value
 
 
 class TiesParameters(TaskParameters):

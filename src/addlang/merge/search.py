@@ -60,7 +60,7 @@ def grid(steps: int) -> list[float]:
 
 def ladder(u: float, steps: int) -> list[float]:
     """Ascending candidates around a share that other items suggest: it may be too bold or too careful."""
-    beyond = int((1 - u) * steps)
+    beyond = int((1 - u) * steps + 1e-9)
     return [round(x, 4) for x in [*(f * u for f in SAFER), *(u + k / steps for k in range(1, beyond + 1))]]
 
 

@@ -64,7 +64,10 @@ def parse(data: Mapping[str, Any], where: str = "merge") -> Merge:
 def _explain(error: ValidationError, cls: type[Merge]) -> Iterator[str]:
     """One line per problem: key, what is wrong, the remedy."""
     seen = set()
-    for e in error.errors():
+    found = error.errors()
+    for e in found:
+        if e["type"] == "too_short" and any(o["loc"][: len(e["loc"])] == e["loc"] for o in found if o is not e):
+            continue  # its items are there, but have errors of their own
         # a setting may have several forms, and pydantic names each that does not fit
         loc = [str(p) for p in e["loc"] if "[" not in str(p) and p not in ("float", "Conditional")]
         key = ".".join(loc) or "(whole file)"
