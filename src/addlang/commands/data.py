@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from addlang.commands.common import Json, emit, one_of, quiet
+from addlang.commands.data_build import bilingual_answers, codeswitch, translate_then_answer, translation_tasks
 from addlang.commands.data_translate import translate
 from addlang.errors import AddlangError, AddlangWarning
 
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 data_app = typer.Typer(help="Look at training data, and make it.", no_args_is_help=True, add_completion=False)
 
 data_app.command("translate")(translate)
+data_app.command("translation-tasks")(translation_tasks)
+data_app.command("translate-then-answer")(translate_then_answer)
+data_app.command("bilingual-answers")(bilingual_answers)
+data_app.command("codeswitch")(codeswitch)
 
 
 @data_app.command("card")
