@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import typer
 from pydantic_core import PydanticUndefined
 
 from addlang.cli import app
+from addlang.merge.methods import METHODS, Merge
 from addlang.recipe import Calibration, DatasetSpec, Evaluation, Phase, Recipe, RepliesEvaluation
 from addlang.schema import Condition, Replay, SelfPaced
 from addlang.strategies import Strategy, available, load_strategy
@@ -31,6 +33,11 @@ PARTS: list[tuple[str, type, str]] = [
     ("Evaluation", Evaluation, "`evaluation`: what is measured before and after."),
     ("Replies", RepliesEvaluation, "`evaluation.replies`."),
 ]
+MERGES = (
+    "For `addlang merge FILE.yaml`; see [merging](merging.md). A *setting* is a number, a list of numbers (interpolated over the "
+    "depth), or a list of `{filter: part of a tensor's name, value: ...}` of which the first that applies counts. An item of a "
+    "*list of models* is a name, or `{model: ..., parameters: {weight: ..., density: ...}}`. Keys of every method:"
+)
 
 
 def main() -> None:
@@ -56,6 +63,13 @@ def build() -> str:
         own = [n for n in cls.model_fields if n not in Strategy.model_fields]
         if own:
             lines += [*_fields(cls, own), ""]
+    lines += ["## Merge files", "", MERGES, "", *_fields(Merge), ""]
+    for name, method in METHODS.items():
+        own = [n for n in method.model_fields if n not in Merge.model_fields and n != "parameters"]
+        lines += [f"### merge_method: {name}", "", f"{method.title}. {method.paper}.", "", *_fields(method, own), ""]
+        parameters = method.model_fields["parameters"].annotation if "parameters" in method.model_fields else None
+        if parameters is not None:
+            lines += ["`parameters`:", "", *_fields(parameters), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -86,7 +100,7 @@ def _fields(model: Any, only: list[str] | None = None) -> list[str]:
         default = field.get_default(call_default_factory=True)
         shown = "required" if default is PydanticUndefined else f"`{_short(default)}`"
         lines.append(
-            f"| `{name}` | {_type(field.annotation)} | {shown} | {(field.description or '').replace('|', '/')} |"
+            f"| `{field.alias or name}` | {_type(field.annotation)} | {shown} | {(field.description or '').replace('|', '/')} |"
         )
     return lines
 
@@ -98,13 +112,18 @@ def _short(value: Any) -> str:
 
 
 def _type(annotation: Any) -> str:
+    text = re.sub(r"Annotated\[(\w+), FieldInfo\([^()]*(?:\([^()]*\)[^()]*)*\)\]", r"\1", str(annotation))
     text = (
-        str(annotation)
-        .replace("typing.", "")
+        text.replace("typing.", "")
+        .replace("collections.abc.", "")
         .replace("addlang.recipe.", "")
         .replace("addlang.schema.", "")
         .replace("NoneType", "None")
     )
+    text = re.sub(r"addlang\.merge\.\w+\.", "", text)
+    text = text.replace("float | tuple[float, ...] | Conditional | tuple[Conditional, ...]", "setting")
+    if "Weighted" in text:
+        text = "list of models"
     if text.startswith("<class '"):
         text = text[8:-2]
     return "`" + text.split(", BeforeValidator")[0].replace("Annotated[", "").replace("|", "or") + "`"
