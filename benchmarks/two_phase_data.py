@@ -10,6 +10,7 @@ Alpaca's rows and those of its translation carry the same ``id``. Written are
     english-test.jsonl  rows of the same kind, for evaluation
     counterparts.jsonl  the rows that zh.jsonl translates
     zh.jsonl            Alpaca in Chinese
+    parallel-zh.jsonl   the instructions of both, pair by pair
     es, ja, pt .jsonl   MultiAlpaca
 """
 
@@ -53,6 +54,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     write(given.output / "english.jsonl", rest[TEST + OTHER :])
     write(given.output / "counterparts.jsonl", [row for row in english if row["id"] in translated])
     write(given.output / "zh.jsonl", chinese)
+    questions = {row["id"]: row["instruction"] for row in english}
+    pairs = [{"source": questions[row["id"]], "target": row["instruction"]} for row in chinese]
+    lines = [json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs]
+    (given.output / "parallel-zh.jsonl").write_text("".join(lines), encoding="utf-8")
     for language in ("es", "ja", "pt"):
         write(given.output / f"{language}.jsonl", read(given.multialpaca / f"{language}.jsonl"))
 
