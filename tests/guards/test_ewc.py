@@ -114,7 +114,7 @@ def test_masked_and_split_give_the_same_result(tmp_path: Path) -> None:
         assert torch.allclose(tensor, split[name], atol=2e-4), name
 
 
-@pytest.mark.parametrize("strategy", ["ssu", "gmt", "lisa"])
+@pytest.mark.parametrize("strategy", ["ssu", "gmt", "lisa", "lora", "s2ft"])
 def test_resumed_equals_uninterrupted(strategy: str, tmp_path: Path) -> None:
     want = carry_out(tmp_path / "whole", strategy)
     with pytest.raises(Killed):
@@ -146,3 +146,34 @@ def test_an_all_zero_fisher_is_an_error() -> None:
 def test_chosen_conversations_are_spread_over_all_lengths() -> None:
     assert spread(10, 4) == [0, 2, 5, 7]
     assert spread(3, 5) == [0, 1, 2]
+
+
+def test_conversations_of_its_own_need_no_source_data_and_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tiny import make_tokenizer
+
+    said: list[int] = []
+
+    def sample(_model: Any, tokenizer: Any, prompts: list[list[int]], **_: Any) -> list[list[int]]:
+        said.append(len(prompts))
+        texts = [f"the cat {len(said)} {i}" for i in range(len(prompts))]
+        return [tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts]
+
+    monkeypatch.setattr("addlang.evaluate.generation.sample", sample)
+    model = make_model("llama")
+    full = make_strategy("full", {})
+    options = {"data": "self", "sampling": {"conversations": 4, "attempts": 40}}
+    guard = make_guard("ewc", options)
+    assert guard.requires() == {"chat_template"}
+    own = SimpleNamespace(
+        **{**vars(context()), "calibration": None}, model=model, model_hash="h", tokenizer=make_tokenizer(),
+        cache_dir=tmp_path, language="en",
+    )  # fmt: skip
+    active = guard.start(own)
+    active.begin(full.attach(model, full.plan(model, PlanInputs()), "auto"))
+    about = active.describe()
+    assert (about["sequences"], about["source"]) == (4, "sampled from the source model")
+    calls = len(said)
+    guard.start(own)
+    assert len(said) == calls
