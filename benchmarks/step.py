@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-MODES = ("full", "masked", "split_assemble", "split_resident", "shared_assemble", "shared_resident")
+MODES = ("full", "masked", "split_assemble", "split_resident", "shared_assemble", "shared_resident", "public")
 PRESETS: dict[str, dict[str, int]] = {
     # 97.5 M, 84.9 M of them in linear layers
     "100m": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12,
@@ -84,6 +84,24 @@ def half_of_the_columns(model: Any, share: bool = False) -> Any:
     return FreezePlan(entries)
 
 
+def freeze_as_public_code(model: Any, directory: Path) -> None:
+    """Half of the columns by the SSU paper's public code, which masks gradients in tensor hooks (by magnitude: no data)."""
+    import contextlib
+    import importlib.util
+    import io
+
+    file = directory / "training" / "src" / "utils" / "model_utils.py"
+    spec = importlib.util.spec_from_file_location("public_code", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with contextlib.redirect_stdout(io.StringIO()):
+        module._freeze_magnitude_based_parameters(
+            model, 0.5, seed=0, skip_embeddings_and_head=True, elementwise=False, structured_axis="column"
+        )
+
+
 class Step:
     """One mode, ready to make optimizer steps."""
 
@@ -101,6 +119,9 @@ class Step:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         plan = half_of_the_columns(model, share=args.mode.startswith("shared"))
         if args.mode == "full":
+            self.attached = attach_plan(model, FreezePlan.empty(model), "masked")
+        elif args.mode == "public":
+            freeze_as_public_code(model, args.public)
             self.attached = attach_plan(model, FreezePlan.empty(model), "masked")
         else:
             self.attached = attach_plan(model, plan, args.mode.replace("shared", "split"))
@@ -148,7 +169,7 @@ def estimated(args: argparse.Namespace, step: Step) -> int:
             "activation_checkpointing": args.checkpointing,
         }
     )
-    form: Any = args.mode.rpartition("_")[2] if "_" in args.mode else "masked"
+    form: Any = args.mode.rpartition("_")[2] if "_" in args.mode else "masked"  # the public code has one kind too
     compute = 2 if args.precision == "bf16" else 4
     return estimate(
         step.model.config,
@@ -207,7 +228,7 @@ def measure(args: argparse.Namespace, precision: str, checkpointing: bool) -> di
         command = [
             sys.executable, __file__, "--child", "--mode", mode, "--precision", precision, "--preset", args.preset,
             "--device", args.device, "--batch", str(batch), "--sequence_length", str(args.sequence_length),
-            "--threads", str(args.threads), *(["--checkpointing"] if checkpointing else []),
+            "--threads", str(args.threads), *(["--public", str(args.public)] if args.public else []), *(["--checkpointing"] if checkpointing else []),
         ]  # fmt: skip
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -276,6 +297,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES[:4])
     parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=("fp32", "bf16"))
     parser.add_argument("--checkpointings", nargs="+", choices=("off", "on"), default=("off", "on"))
+    parser.add_argument("--public", type=Path, help="a clone of gucci-j/ssu, for mode public")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--mode", choices=MODES, help=argparse.SUPPRESS)
     parser.add_argument("--precision", choices=("fp32", "bf16"), help=argparse.SUPPRESS)

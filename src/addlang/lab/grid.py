@@ -28,7 +28,7 @@ NOTES = (
     "Compare arms by the front and at equal gain. Retention at one equal learning rate alone flatters methods that learn less.",
     "A lower learning rate alone already keeps much English: that is why full fine-tuning stands in the grid twice.",
     "All arms read the same number of tokens; replayed and anchored ones count.",
-    "The self anchor is at its best here: the model samples from exactly the tasks that are tested.",
+    "The self anchor and EWC on its own words are at their best here: the model samples from exactly the tasks that are tested.",
     "A difference between Wanda and random columns is that of this one tiny model; another base may show another.",
     "Two-phase runs are one seed each and carry no interval, unless the lab was run with --full.",
 )
@@ -54,21 +54,30 @@ class Arm:
 
 # The lab's turns are short; with the defaults a sampled turn that never ends would only cost time.
 ANCHOR = {"name": "self_anchor", "anchor": {"max_instruction_tokens": 80, "max_answer_tokens": 48}}
+OWN_WORDS = {
+    "name": "ewc",
+    "weight": 1e3,
+    "data": "self",
+    "sampling": {"conversations": 500, "max_instruction_tokens": 80, "max_answer_tokens": 48},
+}
 METHODS: dict[str, tuple[str, dict[str, Any], bool]] = {
     "full": ("full", {"name": "full"}, False),
     "ssu": ("SSU-Wanda", {"name": "ssu"}, False),
     "random": ("random columns", {"name": "ssu", "scorer": "random"}, False),
     "replay": ("full, 10 % replay", {"name": "full"}, True),
     "anchor": ("self anchor", ANCHOR, False),
+    "ewc": ("EWC on its own words", {"name": "full"}, False),
 }
+GUARDS: dict[str, list[dict[str, Any]]] = {"ewc": [OWN_WORDS]}
 # Full fine-tuning's rates span the target gain of the other arms, so that each can be compared with it at equal gain.
-RATES = {"full": (8e-4, 1.5e-3), "ssu": (2e-3,), "random": (2e-3,), "replay": (1.5e-3,), "anchor": (2.5e-3,)}
+RATES = {"full": (8e-4, 1.5e-3), "ssu": (2e-3,), "random": (2e-3,), "replay": (1.5e-3,), "anchor": (2.5e-3,), "ewc": (2e-3,)}
 FULL_RATES = {
     "full": (4e-4, 8e-4, 1.5e-3, 2.5e-3),
     "ssu": (1e-3, 2e-3, 3e-3),
     "random": (1e-3, 2e-3, 3e-3),
     "replay": (8e-4, 1.5e-3, 2.5e-3),
     "anchor": (1.5e-3, 2.5e-3, 4e-3),
+    "ewc": (1.5e-3, 2.5e-3, 4e-3),
 }
 
 
@@ -81,8 +90,18 @@ def arms(full: bool) -> list[Arm]:
             label, strategy, replay = METHODS[method]
             for rate in rates:
                 name, words = f"{method}-{rate:g}", f"{label}, lr {rate:g}"
+                extra = {"guards": GUARDS[method]} if method in GUARDS else {}
                 arm = Arm(
-                    f"cpt-{language}", name, words, language, language, strategy, rate, replay=replay, seeds=seeds
+                    f"cpt-{language}",
+                    name,
+                    words,
+                    language,
+                    language,
+                    strategy,
+                    rate,
+                    replay=replay,
+                    seeds=seeds,
+                    extra=extra,
                 )
                 out.append(arm)
         for kind in ("similar", "dissimilar") if language == "sw" else ("similar",):  # the dissimilar set is in both
