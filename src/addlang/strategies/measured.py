@@ -77,8 +77,8 @@ def one(name: str, options: dict[str, Any]) -> dict[str, Any]:
         attached.before_clip(number)
         torch.nn.utils.clip_grad_norm_([p for _, p in attached.named_trainable()], 1.0)
         optimizer.step()
-        optimizer.zero_grad()
         attached.after_step(number)
+        optimizer.zero_grad()
         if device.type == "cuda":
             torch.cuda.synchronize()
         return (time.perf_counter() if device.type == "cuda" else time.process_time()) - started
