@@ -64,7 +64,7 @@ def write(name: str, rows: list[dict[str, Any]]) -> str:
 
 
 def test_card_prints_tables_and_json(data: Data) -> None:
-    rows = write("text.jsonl", [{"text": t, "license": "CC BY-NC 4.0"} for t in [*TEXT, TEXT[0]]])
+    rows = write("text.jsonl", [{"text": t, "license": "CC BY-NC 4.0"} for t in [*MANY, MANY[0]]])
     done = data("card", rows, "--language", "ig", "--tokenizer", "lab")
     assert done.code == 0
     assert "CC BY-NC 4.0" in done.out

@@ -49,11 +49,12 @@ def test_of_conversations_the_answers_are_judged(tokenizer: Any, tmp_path: Path)
 
 def test_another_language_than_the_declared_one_is_warned_of(tokenizer: Any, tmp_path: Path) -> None:
     with pytest.warns(AddlangWarning, match="declared as 'ig', but 100% of the documents read as 'de'"):
-        card(text_rows(GERMAN), tokenizer, tmp_path, language="ig")
+        card(text_rows(*[GERMAN] * 10), tokenizer, tmp_path, language="ig")
     with warnings.catch_warnings():
         warnings.simplefilter("error", AddlangWarning)
-        card(text_rows(GERMAN), tokenizer, tmp_path, language="tlh")  # unknown to the identifier
-        card(text_rows(GERMAN), tokenizer, tmp_path, language="de")
+        card(text_rows(*[GERMAN] * 10), tokenizer, tmp_path, language="tlh")  # unknown to the identifier
+        card(text_rows(*[GERMAN] * 10), tokenizer, tmp_path, language="de")
+        card(text_rows(*[GERMAN] * 9), tokenizer, tmp_path, language="ha")  # too few to say
 
 
 def test_a_licence_for_non_commercial_use_is_warned_of(tokenizer: Any, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from addlang.report import datacard
 SOURCE: dict[str, Any] = {
     "path": "es.jsonl", "role": "target", "language": "es", "documents": 90, "duplicates": 4, "copies_across": 3, "near_copies": 2,
     "bytes": 1000, "tokens": 400, "licenses": {"MIT": 90}, "share": 0.25, "epochs": 1.5, "dropped": 7, "truncated": 0,
-    "lengths": {"p5": 3.0, "p50": 8.0, "p95": 20.0, "p100": 31.0}, "languages": {"detected": {"es": 0.96, "pt": 0.03, "gl": 0.002}},
+    "lengths": {"p5": 3.0, "p50": 8.0, "p95": 20.0, "p100": 31.0}, "languages": {"judged": 1000, "detected": {"es": 0.96, "pt": 0.03, "gl": 0.002}},
 }  # fmt: skip
 
 
@@ -20,7 +20,7 @@ def test_every_kind_of_copy_is_left_out() -> None:
 
 def test_languages_and_lengths() -> None:
     (row,) = datacard.contents({"sources": [SOURCE]})[1]
-    assert row == ["es.jsonl", "es", "es 96.0 %, pt 3.0 %", "3", "8", "20", "31", "7", "0"]
+    assert row == ["es.jsonl", "es", "es 96.0 %, pt 3.0 % (of 1,000)", "3", "8", "20", "31", "7", "0"]
 
 
 def test_what_is_not_known_is_a_dash() -> None:

@@ -18,6 +18,7 @@ SAMPLE = 2000  # documents whose language is identified
 TOKENS = 512  # of each
 SHOWN = 5  # languages in a card
 ENOUGH = 0.5  # share of the declared language without which a warning is due
+FEW = 10  # documents that say nothing about the rest
 QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
 # what the language identifier may call a language that goes by a wider name
 _NARROWER = {"no": {"nn", "nb"}, "nb": {"no", "nn"}, "nn": {"no", "nb"}, "zh": {"yue", "wuu"}, "ar": {"ary", "arz"}}
@@ -100,7 +101,7 @@ def _warn_of_language(path: str, declared: str, languages: dict[str, Any]) -> No
 
     code = declared.split("-")[0].split("_")[0].lower()
     detected = languages["detected"]
-    if not detected or code not in known_languages():
+    if languages["judged"] < FEW or code not in known_languages():
         return
     first = next(iter(detected))
     share = sum(detected.get(name, 0.0) for name in {code, *_NARROWER.get(code, set())})
