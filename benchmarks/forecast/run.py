@@ -10,10 +10,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+from fit import Row, load, shipped, study
 from pairs import SEQUENCE, Pair, pairs, recipe, write_data
 
 from addlang.export import write_json
@@ -88,6 +90,11 @@ def measure_one(data: dict[str, Any], _where: str, _base_dir: Path | None) -> st
     return str(path)
 
 
+def table(rows: list[Row]) -> list[dict[str, Any]]:
+    """Every pair with what was lost, for whoever wants to look."""
+    return [{**vars(r.pair), "lost": r.lost, "before": r.before, "after": r.after, **r.signals} for r in rows]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
@@ -96,6 +103,11 @@ def main() -> None:
     root = given.output.resolve()
     train_all(root, given.jobs)
     measure_all(root, given.jobs)
+    rows = load(root)
+    result = study(rows)
+    write_json(root / "result.json", {**result, "coefficients": asdict(result["coefficients"]), "pairs": table(rows)})
+    write_json(root / "forecast.json", shipped(result))
+    print(f"{root / 'forecast.json'} is what src/addlang/preflight/forecast.json should hold", file=sys.stderr)
 
 
 if __name__ == "__main__":

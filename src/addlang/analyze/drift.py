@@ -31,6 +31,9 @@ class Change:
     frobenius_relative: float | None
 
 
+Table = tuple[list[str], list[list[str]]]
+
+
 def covariance_change(before: torch.Tensor, after: torch.Tensor) -> Change:
     """Drift of one layer, exact, in time O(n^2 d) and memory O(n d).
 
@@ -94,22 +97,43 @@ class Drift(Analysis):
             else:
                 drift[name] = [covariance_change(a, b) for a, b in zip(start, end, strict=True)]
         data = {n: [vars(c) for c in changes] for n, changes in drift.items()}
+        columns, rows = self._by_layer(drift) if len(others) <= 3 else self._by_model(drift)
         return Result(
             sentence=self._sentence(reference, drift),
-            columns=["layer", *(f"{n}, {self.norm}" for n in others), *(f"{n}, relative" for n in others)],
-            rows=[
-                [
-                    _layer(layer, self.center),
-                    *(f"{getattr(drift[n][layer], self.norm):.4g}" for n in others),
-                    *(_percent(drift[n][layer], self.norm) for n in others),
-                ]
-                for layer in range(len(drift[others[0]]))
-            ],
+            columns=columns,
+            rows=rows,
             data={"reference": reference, "drift": data},
             settings={"prompts": chosen.source, "chat_template": chosen.template, "precision": "float64"},
             notes=_notes(self.center),
             draw=None if self.center == "layers" else lambda figure: self._draw(figure, drift),
         )
+
+    def _by_layer(self, drift: dict[str, list[Change]]) -> Table:
+        columns = ["layer", *(f"{n}, {self.norm}" for n in drift), *(f"{n}, relative" for n in drift)]
+        rows = [
+            [
+                _layer(layer, self.center),
+                *(f"{getattr(changes[layer], self.norm):.4g}" for changes in drift.values()),
+                *(_percent(changes[layer], self.norm) for changes in drift.values()),
+            ]
+            for layer in range(max(map(len, drift.values())))
+        ]
+        return columns, rows
+
+    def _by_model(self, drift: dict[str, list[Change]]) -> Table:
+        """One row per model, where a column per model would not fit."""
+        rows = []
+        for name, changes in drift.items():
+            relative = [getattr(c, f"{self.norm}_relative") or 0.0 for c in changes]
+            most = max(range(len(changes)), key=lambda i: relative[i])
+            last = changes[-1]
+            rows.append(
+                [
+                    name, f"{100 * sum(relative) / len(relative):.3g} %", f"{100 * relative[most]:.3g} %",
+                    _layer(most, self.center), _percent(last, self.norm), f"{getattr(last, self.norm):.4g}",
+                ]
+            )  # fmt: skip
+        return ["model", "mean over layers", "largest", "in", "last layer", f"last layer, {self.norm}"], rows
 
     def _sentence(self, reference: str, drift: dict[str, list[Change]]) -> str:
         where = {n: max(range(len(c)), key=lambda i, c=c: self._value(c[i])) for n, c in drift.items()}  # type: ignore[misc]

@@ -37,6 +37,7 @@ class Probe:
         losses: (step, source loss in nats per token), from step 0.
         before, after: watched tokens.
         target_loss: of the first and of the last step, nats per label token.
+        target_gained: fall of the loss on held-out target text, nats per token; 0 where none was given.
         moved: mean over tensors of the Frobenius norm of the update (as MPD reads it).
         moved_relative: norm of the whole update over that of the weights that could move.
         seconds: of training.
@@ -47,6 +48,7 @@ class Probe:
     before: Reading
     after: Reading
     target_loss: tuple[float, float]
+    target_gained: float
     moved: float
     moved_relative: float
     seconds: float
@@ -113,11 +115,13 @@ def run_probe(
     device: torch.device,
     steps: int = STEPS,
     base_dir: Path | None = None,
+    target: Watched | None = None,
 ) -> Probe:
     """Train a few steps and read the watched text before and after.
 
     Args:
         data: the phase's data, of which the beginning is read.
+        target: held-out target text, to see what the probe gains.
     """
     import torch
 
@@ -140,6 +144,7 @@ def run_probe(
         }
     )  # fmt: skip
     before = read(model, text)
+    target_before = None if target is None else read(model, target).loss
     with tempfile.TemporaryDirectory() as folder:
         run = Rehearsal(Path(folder), recipe)
         plan = make_plan(run, phase, model, stored.hash, tokenizer, base_dir, data, planned)
@@ -153,6 +158,7 @@ def run_probe(
         )  # fmt: skip
         seconds = time.monotonic() - started
         after = read(attached.model, text)
+        gained = 0.0 if target is None or target_before is None else target_before - read(attached.model, target).loss
         rows = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     moved, relative = movement(stored, attached)
     return Probe(
@@ -161,6 +167,7 @@ def run_probe(
         before=before,
         after=after,
         target_loss=(float(rows[0]["loss"]), float(rows[-1]["loss"])),
+        target_gained=gained,
         moved=moved,
         moved_relative=relative,
         seconds=seconds,

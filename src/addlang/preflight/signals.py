@@ -112,6 +112,7 @@ def signals(
     }
     if probe is not None:
         row |= {
+            "probe_steps": float(probe.steps),
             "log_probe_loss": math.log10(max(probe.loss_change, SMALL)),
             "log_probe_shift": math.log10(max(probe.shift, SMALL)),
             "probe_accuracy_lost": math.log10(max(probe.accuracy_lost, SMALL)),

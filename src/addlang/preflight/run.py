@@ -1,0 +1,396 @@
+"""The whole preflight, in order: read the data, audit the model, compare, probe, forecast, advise."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from addlang.errors import AddlangError, AddlangWarning
+
+if TYPE_CHECKING:
+    import torch
+
+    from addlang.data.prepare import PhaseData
+    from addlang.preflight.advice import Candidate
+    from addlang.preflight.watch import Watched
+    from addlang.recipe import Recipe
+    from addlang.schema import DatasetSpec, Phase
+
+FORMAT = 1
+AUDIT_TEXTS = 200
+REPLIES, REPLY_TOKENS = 24, 64
+TARGET_TEXTS = 64
+WATCHED_TOKENS = 512  # of a conversation
+HALVINGS = 3  # of the learning rate, where no setting keeps enough
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is looked at.
+
+    Attributes:
+        encoder: of DES; ``states``: mean hidden states of the model; None: no DES.
+        probe_steps: of every probe; 0: none, and so no forecast.
+        keep: share of the source ability that should be kept.
+        compare: strategies with options that are probed besides the planned one.
+        rates: multiples of the planned learning rate that are probed.
+    """
+
+    encoder: str | None = "states"
+    probe_steps: int = 32
+    keep: float = 0.97
+    compare: tuple[tuple[str, dict[str, Any]], ...] = ()
+    rates: tuple[float, ...] = (1.0,)
+
+
+@dataclass
+class Preflight:
+    """One preflight at work."""
+
+    recipe: Recipe
+    phase: Phase
+    source: Path
+    tokenizer: Any
+    data: PhaseData
+    text: Watched
+    device: torch.device
+    settings: Settings
+    base_dir: Path | None
+    notes: list[str] = field(default_factory=list)
+
+
+def preflight(recipe: Recipe, settings: Settings, *, base_dir: Path | None = None) -> dict[str, Any]:
+    """Look at a planned run of one phase (of several: the last) without carrying it out.
+
+    Returns:
+        Plain data: ``model``, ``data``, ``similarity``, ``conflict``, ``probe``, ``forecast``, ``plan``, ``advice`` and
+        ``notes``. What could not be measured is None, with the reason among the notes.
+
+    Raises:
+        AddlangError: bad data, or a model that cannot be read.
+    """
+    from addlang.progress import note
+
+    found: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", AddlangWarning)
+        flight = prepare_flight(recipe, settings, base_dir)
+        result: dict[str, Any] = {"format": FORMAT, "settings": described(flight)}
+        for name, part in PARTS.items():
+            note(f"preflight: {name}")
+            result[name] = attempt(flight, name, part, result)
+    for w in caught:
+        if issubclass(w.category, AddlangWarning):
+            found.append(str(w.message))
+        else:
+            warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
+    result["notes"] = list(dict.fromkeys([*flight.notes, *found]))
+    return result
+
+
+def prepare_flight(recipe: Recipe, settings: Settings, base_dir: Path | None) -> Preflight:
+    """Read the data and the tokenizer; the recipe's checks that come before any training are made here too."""
+    from addlang.data.prepare import prepare
+    from addlang.evaluation import context_length
+    from addlang.models import load_tokenizer, resolve
+    from addlang.preflight.watch import watched
+    from addlang.run import check_model, check_requirements, prepare_device
+
+    check_requirements(recipe)
+    device = prepare_device(recipe)
+    source = resolve(recipe.model_name_or_path, recipe.revision)
+    tokenizer = load_tokenizer(source, recipe.template_path(base_dir))
+    check_model(recipe, source, tokenizer)
+    phase = recipe.phases[-1]
+    data = prepare(recipe, phase, tokenizer, base_dir=base_dir)
+    text = watched(
+        phase.calibration, tokenizer, language=recipe.source_language,
+        sequence_length=min(WATCHED_TOKENS, context_length(source)), base_dir=base_dir,
+    )  # fmt: skip
+    flight = Preflight(recipe, phase, source, tokenizer, data, text, device, settings, base_dir)
+    if len(recipe.phases) > 1:
+        flight.notes.append(
+            f"Only the last of {len(recipe.phases)} phases is looked at, as if it started from the source model."
+        )
+    return flight
+
+
+def attempt(flight: Preflight, name: str, part: Any, so_far: dict[str, Any]) -> Any:
+    """One part; what cannot be measured is None and says why."""
+    try:
+        return part(flight, so_far)
+    except AddlangError as error:
+        flight.notes.append(f"{name}: not measured. {error.message}" + (f" ({error.fix})" if error.fix else ""))
+        return None
+
+
+def described(flight: Preflight) -> dict[str, Any]:
+    """What was looked at."""
+    phase = flight.phase
+    return {
+        "model": flight.recipe.model_name_or_path,
+        "language": flight.recipe.language,
+        "source_language": flight.recipe.source_language,
+        "strategy": {"name": phase.strategy.name, **phase.strategy.model_dump(mode="json")},
+        "learning_rate": phase.learning_rate,
+        "tokens": flight.data.card["tokens"],
+        "steps": flight.data.sequences // flight.data.batch_size,
+        "keep": flight.settings.keep,
+        "probe_steps": flight.settings.probe_steps,
+        "watched": flight.text.source,
+    }
+
+
+def audit_model(flight: Preflight, _so_far: dict[str, Any]) -> dict[str, Any]:
+    """Bits per byte, task scores and replies of the source model; how its tokenizer fits both languages."""
+    import torch
+
+    from addlang.data.prepare import cache_root
+    from addlang.evaluate.suite import _builtin_texts, build_suite, cached_evaluate
+    from addlang.models import Checkpoint, load_model
+    from addlang.preflight.tokens import fit_of
+
+    recipe = flight.recipe
+    from addlang.data.prepare import labelled_texts
+
+    heldout = labelled_texts(recipe.evaluation.target_datasets, flight.base_dir) or list(flight.data.heldout)
+    suite = build_suite(
+        recipe.evaluation,
+        tokenizer=flight.tokenizer,
+        heldout_target=heldout,
+        source_language=recipe.source_language,
+        target_language=recipe.language,
+        sequence_length=recipe.evaluation.sequence_length or flight.phase.sequence_length,
+        base_dir=flight.base_dir,
+    )
+    model = load_model(
+        flight.source, dtype=torch.float32 if flight.device.type == "cpu" else None, device=flight.device
+    )
+    stored = Checkpoint(flight.source)
+    outcome = cached_evaluate(model, stored.hash, suite, cache_root() / "evaluations")
+    english = labelled_texts(recipe.evaluation.source_datasets, flight.base_dir) or _builtin_texts()
+    fits = {
+        "target": fit_of(flight.tokenizer, [t for _, t in heldout[:AUDIT_TEXTS]]).describe(),
+        "source": fit_of(flight.tokenizer, [t for _, t in english[:AUDIT_TEXTS]]).describe(),
+    }
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "scores": [m.row(model="source", phase="before", seed=recipe.seed) for m in outcome.measurements],
+        "not_run": [list(n) for n in outcome.not_run],
+        "tokenizer": fits,
+    }
+
+
+def audit_data(flight: Preflight, _so_far: dict[str, Any]) -> dict[str, Any]:
+    """The data card: languages, duplicates, licences, overlap with evaluation items."""
+    return dict(flight.data.card)
+
+
+def compare_data(flight: Preflight, _so_far: dict[str, Any]) -> dict[str, Any]:
+    """DES of source and target prompts, and the form of the model's own replies against the data's."""
+    from addlang.data.builtin_sets import builtin
+    from addlang.preflight.signals import measure_similarity
+    from addlang.schema import DatasetSpec
+
+    specs = flight.phase.calibration.datasets or (
+        DatasetSpec.model_validate({"path": str(builtin("calibration_en")), "format": "messages"}),
+    )
+    out: dict[str, Any] = {"des": None, "forms": None}
+    if flight.settings.encoder is not None:
+        try:
+            found = measure_similarity(
+                flight.phase, specs, flight.settings.encoder, flight.source, flight.device, flight.base_dir,
+                flight.recipe.seed,
+            )  # fmt: skip
+            out["des"] = dict(vars(found))
+        except AddlangError as error:
+            flight.notes.append(f"DES: not measured. {error.message}" + (f" ({error.fix})" if error.fix else ""))
+    out["forms"] = _forms(flight)
+    return out
+
+
+def _forms(flight: Preflight) -> dict[str, Any] | None:
+    import torch
+
+    from addlang.models import load_model
+    from addlang.preflight.form import ask, compare_forms
+
+    pairs = conversations_of([s for s in flight.phase.datasets if s.role == "target"], flight)
+    if not pairs or not getattr(flight.tokenizer, "chat_template", None):
+        flight.notes.append("Form of replies: the target data are raw text, so there is nothing to compare.")
+        return None
+    model = load_model(
+        flight.source, dtype=torch.float32 if flight.device.type == "cpu" else None, device=flight.device
+    )
+    prompts = [p for p, _ in pairs]
+    replies = ask(model, flight.tokenizer, prompts, max_new_tokens=REPLY_TOKENS, batch_size=8)
+    return compare_forms(replies, [r for _, r in pairs]).describe()
+
+
+def conversations_of(specs: Sequence[DatasetSpec], flight: Preflight) -> list[tuple[str, str]]:
+    """(first prompt, its answer) of some rows of the target data; none of raw text."""
+    from addlang.data.holdout import Scan
+    from addlang.data.sources import read_rows
+
+    pairs = []
+    for spec in specs:
+        share = -(-REPLIES // len(specs))
+        for _, row in Scan.of(read_rows(spec, base_dir=flight.base_dir), share, seed=2).smallest(share):
+            messages = row.messages or []
+            turns = [m for m in messages if m["role"] in ("user", "assistant")]
+            if len(turns) >= 2 and turns[0]["role"] == "user" and turns[1]["role"] == "assistant":
+                pairs.append((turns[0]["content"], turns[1]["content"]))
+    return pairs
+
+
+def measure_gradients(flight: Preflight, _so_far: dict[str, Any]) -> dict[str, Any]:
+    """Conflict of the two losses' gradients, and what the model's own loss on the answers is."""
+    from addlang.preflight.signals import measure_conflict
+
+    found = measure_conflict(flight.phase, flight.source, flight.data, flight.text, flight.device)
+    return {**vars(found), "push": found.push}
+
+
+def run_probes(flight: Preflight, so_far: dict[str, Any]) -> list[dict[str, Any]]:
+    """A probe and a forecast for the planned run and for every alternative; the planned one comes first.
+
+    Where none of them is expected to keep enough, the one that loses least is probed at lower learning rates.
+    """
+    from addlang.progress import progress
+
+    if not flight.settings.probe_steps:
+        flight.notes.append("No probe was run (probe_steps 0), so there is no forecast.")
+        return []
+    planned = alternatives(flight)
+    target = target_text(flight)
+    found: list[tuple[Candidate, Phase, Any]] = []
+    with progress("probing", total=len(planned), unit="settings") as bar:
+        for label, phase in planned:
+            probe_one(flight, label, phase, target, so_far, found)
+            bar.update(len(found))
+        for _ in range(HALVINGS):
+            said = [item for item in found if item[0].forecast.lost is not None]
+            least = min(said, key=lambda item: item[0].forecast.lost or 0.0, default=None)
+            if least is None or (least[0].forecast.lost or 0.0) <= 1 - flight.settings.keep:
+                break
+            rate = float(f"{least[1].learning_rate / 2:.6g}")
+            lower = least[1].model_copy(update={"learning_rate": rate})
+            if not probe_one(flight, least[0].label, lower, target, so_far, found):
+                break
+    return [c.describe() | {"losses": probe.losses} for c, _, probe in found]
+
+
+def probe_one(
+    flight: Preflight, label: str, phase: Phase, target: Watched, so_far: dict[str, Any],
+    found: list[tuple[Candidate, Phase, Any]],
+) -> bool:  # fmt: skip
+    """Probe one setting and append it; a setting that cannot be carried out is noted."""
+    from addlang.preflight.probe import run_probe
+
+    try:
+        probe = run_probe(
+            flight.recipe, phase, flight.source, flight.tokenizer, flight.data, flight.text, device=flight.device,
+            steps=flight.settings.probe_steps, base_dir=flight.base_dir, target=target,
+        )  # fmt: skip
+    except AddlangError as error:
+        flight.notes.append(f"{label}: not probed. {error.message}" + (f" ({error.fix})" if error.fix else ""))
+        return False
+    found.append((candidate(flight, label, phase, probe, so_far), phase, probe))
+    return True
+
+
+def candidate(flight: Preflight, label: str, phase: Phase, probe: Any, so_far: dict[str, Any]) -> Candidate:
+    """A probed setting with its forecast."""
+    from addlang.preflight.advice import Candidate
+    from addlang.preflight.forecast import forecast
+    from addlang.preflight.signals import signals
+
+    row = signals(
+        probe=probe, conflict=None, similarity=None, learning_rate=phase.learning_rate,
+        steps=flight.data.sequences // flight.data.batch_size,
+        sequence_tokens=flight.data.batch_size * phase.sequence_length,
+        epochs=max((s["epochs"] for s in flight.data.card["sources"]), default=1.0),
+    )  # fmt: skip
+    parameters = (so_far.get("model") or {}).get("parameters")
+    name, options = phase.strategy.name, phase.strategy.model_dump(mode="json", exclude_defaults=True)
+    return Candidate(
+        label, name, options, phase.learning_rate, probe.target_gained, probe.loss_change, probe.shift,
+        probe.seconds / probe.steps, forecast(row, parameters=parameters),
+    )  # fmt: skip
+
+
+def alternatives(flight: Preflight) -> list[tuple[str, Phase]]:
+    """(label, phase): the planned run, then every strategy to compare at every learning rate."""
+    from addlang.strategies import make_strategy
+
+    own = flight.phase
+    wanted = [(own.strategy.name, own.strategy.model_dump(exclude_defaults=True)), *flight.settings.compare]
+    out: list[tuple[str, Phase]] = []
+    seen: set[tuple[Any, float]] = set()
+    for name, options in wanted:
+        strategy = make_strategy(name, options)
+        label = name + "".join(f", {k} {v}" for k, v in options.items() if not isinstance(v, dict))
+        for times in dict.fromkeys((1.0, *flight.settings.rates)):
+            rate = float(f"{own.learning_rate * times:.6g}")
+            if (strategy, rate) not in seen:
+                seen.add((strategy, rate))
+                out.append((label, own.model_copy(update={"strategy": strategy, "learning_rate": rate})))
+    return out
+
+
+def target_text(flight: Preflight) -> Watched:
+    """Held-out target text, to see what a probe gains."""
+    from addlang.data.prepare import labelled_texts
+    from addlang.preflight.watch import Watched, collate
+
+    specs = flight.recipe.evaluation.target_datasets
+    texts = labelled_texts(specs, flight.base_dir) if specs else list(flight.data.heldout)
+    rows = []
+    for _, text in texts[:TARGET_TEXTS]:
+        ids = list(flight.tokenizer(text)["input_ids"])[: flight.phase.sequence_length]
+        if len(ids) > 1:
+            rows.append((ids, [1] * len(ids)))
+    if not rows:
+        raise AddlangError("there is no held-out target text", "give evaluation.target_datasets, or more text")
+    return Watched(tuple(collate(rows[i : i + 32]) for i in range(0, len(rows), 32)), f"held-out text ({len(rows)})")
+
+
+def plan_costs(flight: Preflight, so_far: dict[str, Any]) -> dict[str, Any]:
+    """Memory of the planned run, and time from the probe's own speed."""
+    from addlang.planning import plan_run
+
+    single = flight.recipe.model_copy(update={"phases": (flight.phase,)})
+    plan = plan_run(single, base_dir=flight.base_dir)
+    phase = plan["phases"][0]
+    probes = so_far.get("probes") or []
+    seconds = phase["steps"] * probes[0]["seconds_per_step"] if probes else None
+    keys = ("steps", "tokens", "trainable_fraction", "memory", "micro_batch")
+    return {**{k: phase[k] for k in keys}, "device": plan["here"], "seconds": seconds, "disk_bytes": plan["disk_bytes"]}
+
+
+def give_advice(flight: Preflight, so_far: dict[str, Any]) -> dict[str, Any]:
+    """The setting that is recommended, with its reasons."""
+    from addlang.preflight.advice import Candidate, advise
+    from addlang.preflight.forecast import Forecast
+
+    candidates = []
+    for row in so_far.get("probes") or []:
+        said = row["forecast"]
+        own = Forecast(said["lost"], said["low"], said["high"], tuple(said["outside"]), tuple(said["why"]))
+        fields = {k: v for k, v in row.items() if k in Candidate.__dataclass_fields__ and k != "forecast"}
+        candidates.append(Candidate(**fields, forecast=own))
+    return advise(candidates, flight.settings.keep).describe()
+
+
+PARTS = {
+    "model": audit_model,
+    "data": audit_data,
+    "similarity": compare_data,
+    "conflict": measure_gradients,
+    "probes": run_probes,
+    "plan": plan_costs,
+    "advice": give_advice,
+}

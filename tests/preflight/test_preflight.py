@@ -1,0 +1,161 @@
+"""The parts of a preflight against what they should find, and the whole of it through the command line."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import make_model, make_tokenizer
+from typer.testing import CliRunner
+
+from addlang.cli import app
+from addlang.lab import lab_model_path
+from addlang.models import load_tokenizer
+from addlang.preflight.conflict import gradient_conflict
+from addlang.preflight.form import compare_forms, form_of
+from addlang.preflight.run import Settings, preflight
+from addlang.preflight.tokens import byte_characters, fit_of
+from addlang.preflight.watch import Watched, collate, read
+from tinyrun import World
+
+
+def rows(*sequences: list[int]) -> Watched:
+    return Watched((collate([(s, [0, *[1] * (len(s) - 1)]) for s in sequences]),), "ids")
+
+
+def test_a_reading_is_the_models_log_probability_of_every_watched_token() -> None:
+    model, ids = make_model("llama"), [7, 8, 9, 10]
+    found = read(model, rows(ids, [11, 12]))
+    with torch.inference_mode():
+        logp = torch.log_softmax(model(torch.tensor([ids])).logits[0].double(), -1)
+    expected = [float(logp[t, ids[t + 1]]) for t in range(3)]
+    assert found.logp[:3] == pytest.approx(expected, abs=1e-5)
+    assert len(found.logp) == 4
+    assert found.loss == pytest.approx(-found.logp.mean())
+
+
+def test_gradients_agree_with_themselves_and_oppose_their_negation() -> None:
+    model = make_model("llama")
+    text = rows([7, 8, 9, 10, 11], [20, 21, 22])
+    same = gradient_conflict(model, text.batches, text)
+    assert same.cosine == pytest.approx(1.0)
+    assert same.push == pytest.approx(1.0)
+    assert set(same.groups) >= {"q_proj", "down_proj", "embed_tokens", "lm_head"}
+    assert all(p.grad is None for p in model.parameters())
+    other = gradient_conflict(model, rows([30, 31, 32, 33]).batches, text)
+    assert -1 <= other.cosine < 0.9
+
+
+def test_the_cosine_is_that_of_plain_autograd() -> None:
+    model = make_model("mistral")
+    a, b = rows([7, 8, 9, 10, 11]), rows([40, 41, 42, 43])
+    flat = []
+    for text in (a, b):
+        twin = copy.deepcopy(model)
+        batch = text.batches[0]
+        twin(input_ids=batch["input_ids"], labels=batch["labels"]).loss.backward()
+        flat.append(torch.cat([p.grad.flatten() for p in twin.parameters()]).double())
+    expected = float(torch.nn.functional.cosine_similarity(flat[0], flat[1], dim=0))
+    assert gradient_conflict(model, a.batches, b).cosine == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_tokenizers_fit_tells_pieces_of_characters_from_whole_ones() -> None:
+    tokenizer = load_tokenizer(lab_model_path())
+    english, ethiopic = fit_of(tokenizer, ["The cat likes rice."]), fit_of(tokenizer, ["ሰላም ለዓለም"])
+    assert english.fragments == 0.0
+    assert ethiopic.fragments > 0.8
+    assert ethiopic.tokens_per_character > 2
+    assert english.tokens_per_word is not None
+    assert english.tokens_per_word < 3
+    assert fit_of(tokenizer, ["今日は天気がいいですね"]).tokens_per_word is None
+    assert len(set(byte_characters().values())) == 256
+
+
+def test_bytes_of_a_fallback_vocabulary_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fallback:
+        unk_token_id, all_special_ids = 0, (0,)
+        vocabulary = {"<unk>": 0, "<0xE1>": 1, "<0x88>": 2, "<0x0A>": 3, "▁a": 4}  # noqa: RUF012
+        backend_tokenizer = make_tokenizer().backend_tokenizer
+
+        def get_vocab(self) -> dict[str, int]:
+            return self.vocabulary
+
+        def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
+            return {"input_ids": {"a\n": [4, 3], "ሀ": [1, 2], "?": [0]}[text]}
+
+    monkeypatch.setattr("addlang.preflight.tokens._is_byte_level", lambda _: False)
+    assert fit_of(Fallback(), ["a\n"]).fragments == 0.0
+    assert fit_of(Fallback(), ["ሀ"]).fragments == pytest.approx(2 / 3)
+    assert fit_of(Fallback(), ["?"]).unknown == 1.0
+
+
+@pytest.mark.parametrize(
+    ("reply", "form"),
+    [("Paris", "one word"), ("It is Paris.", "one line"), ("- a b\n- c d", "list"), ("1. a\n2. b", "list"),
+     ('{"a": 1}', "JSON or code"), ("```py\nx\n```", "JSON or code"), ("a b\nc d", "several lines"), ("{a", "one word")],
+)  # fmt: skip
+def test_the_form_of_a_reply(reply: str, form: str) -> None:
+    assert form_of(reply) == form
+
+
+def test_the_overlap_of_forms_is_one_minus_the_total_variation() -> None:
+    found = compare_forms(["a", "a b"], ["a", "a", "a b", "- x y\n- z w"])
+    assert found.overlap == pytest.approx(0.75)
+    assert compare_forms(["a"], ["b"]).overlap == 1.0
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_preflight_of_a_tiny_run_measures_every_part_and_changes_nothing(world: World, tmp_path: Path) -> None:
+    recipe = world.recipe(tmp_path / "run", strategy="full", learning_rate=1e-3)
+    before = {p: p.read_bytes() for p in sorted(Path(world.model).iterdir())}
+    result = preflight(
+        recipe, Settings(encoder=None, probe_steps=4, compare=(("ssu", {"ratio": 0.75}),), rates=(1.0, 0.5))
+    )
+    assert [len(result["probes"]), result["probes"][0]["label"]] == [4, "full"]
+    assert [p["learning_rate"] for p in result["probes"]] == [1e-3, 5e-4, 1e-3, 5e-4]
+    assert all(p["forecast"]["lost"] is None for p in result["probes"]), "probes of 4 steps say nothing"
+    assert any("probes of 32" in line for line in result["probes"][0]["forecast"]["why"])
+    assert result["probes"][0]["shift"] > result["probes"][1]["shift"] > 0, "half the rate changes less"
+    assert {s["role"] for s in result["model"]["scores"]} == {"source", "target"}
+    assert result["data"]["sources"][0]["tokens"] > 0
+    assert result["plan"]["seconds"] > 0
+    assert result["similarity"]["forms"] is None
+    assert any("raw text" in note for note in result["notes"])
+    assert "guess" in " ".join(result["advice"]["reasons"])
+    assert {p: p.read_bytes() for p in sorted(Path(world.model).iterdir())} == before
+    assert not (tmp_path / "run").exists()
+    json.dumps(result, allow_nan=False)
+
+
+@pytest.mark.usefixtures("offline")
+def test_the_command_prints_tables_and_writes_a_page(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    chat = str(world.chat)
+    words = ["preflight", world.model, chat, "--language", "sw", "--compare", "none", "--rates", "1", "--encoder", "none",
+             "--probe_steps", "2", "--tokens", "512", "--sequence_length", "256", "--batch_size", "1", "--strategy", "full",
+             "--holdout", "0.2", "--calibration.datasets", f"[{{path: {chat}, role: source}}]", "--replies", "null"]  # fmt: skip
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, (done.output, done.exception)
+    for part in ("Recommendation", "Gradient conflict", "Memory and time", "tokens per word", "cannot tell"):
+        assert part in done.stdout
+    page = (tmp_path / "preflight.html").read_text(encoding="utf-8")
+    assert "Preflight: Swahili" in page
+    assert not re.search(r'(src|href)="https?:', page)
+    data = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
+    assert data["settings"]["probe_steps"] == 2
+
+
+def test_wrong_arguments_name_their_remedy(tmp_path: Path) -> None:
+    def error(*words: str) -> str:
+        return str(CliRunner().invoke(app, ["preflight", *words]).exception)
+
+    assert "no DATA" in error("lab")
+    assert "--language" in error("lab", "lab://sw")
+    assert "NAME:KEY=VALUE" in error("lab", "lab://sw", "--language", "sw", "--compare", "ssu:ratio")
+    assert "'x' is no multiple" in error("lab", "lab://sw", "--language", "sw", "--rates", "x")
