@@ -19,6 +19,7 @@ TEXT = [
     f"The {a} teacher reads {i} old books about the long river in the north of the country."
     for i, a in enumerate("abcdef")
 ]
+MANY = [f"{text[:-1]} number {i}." for i in range(3) for text in TEXT]
 ITEM = "Which of these long rivers flows through the very old capital city in the north of Hungary?"
 
 
@@ -65,7 +66,7 @@ def write(name: str, rows: list[dict[str, Any]]) -> str:
 
 def test_card_prints_tables_and_json(data: Data) -> None:
     rows = write("text.jsonl", [{"text": t, "license": "CC BY-NC 4.0"} for t in [*MANY, MANY[0]]])
-    done = data("card", rows, "--language", "ig", "--tokenizer", "lab")
+    done = data("card", rows, "--language", "ig", "--tokenizer", "lab", "--deduplicate", "exact")
     assert done.code == 0
     assert "CC BY-NC 4.0" in done.out
     assert "forbids commercial use" in done.err

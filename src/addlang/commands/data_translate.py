@@ -90,7 +90,7 @@ def translate(
 
     Continues if interrupted; no reply is paid for twice. Rows that stay wrong go to OUTPUT.rejects.jsonl.
     """
-    from addlang.builders.prompt import SYSTEM, check_prompt
+    from addlang.builders.prompt import SYSTEM
     from addlang.builders.protect import Protector
     from addlang.builders.translate import Translation, parse_body, read_glossary
     from addlang.builders.translate import translate as carry_out
@@ -106,7 +106,7 @@ def translate(
     budget = budget_of(max_tokens, max_cost, price_in, price_out)
     protector = Protector(read_glossary(glossary) if glossary else {}, MARKS["endpoint" if base_url else "local"])
     asked: dict[str, Any] = {
-        "prompt": SYSTEM if prompt is None else check_prompt(read_text(prompt)),
+        "prompt": SYSTEM if prompt is None else own_prompt(prompt),
         "source": language_name(source),
         "target": language_name(target),
         "mark": protector.mark.format(1),
@@ -189,12 +189,16 @@ def api_key(variable: str | None) -> str | None:
     return key
 
 
-def read_text(path: Path) -> str:
-    """A small text file."""
+def own_prompt(path: Path) -> str:
+    """A system prompt from a file."""
+    from addlang.builders.templates import check_fields
+
     try:
-        return path.read_text(encoding="utf-8").strip()
+        text = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise AddlangError(f"{path} cannot be read: {error}") from error
+    check_fields(text, ("source", "target", "mark"), None, str(path))
+    return text
 
 
 def show(about: dict[str, Any], rejects: Path) -> None:
