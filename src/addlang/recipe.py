@@ -14,11 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from addlang import strictyaml
-from addlang.errors import AddlangError, did_you_mean
+from addlang.errors import AddlangError
 from addlang.schema import (
     ALIASES,
     Calibration,
@@ -135,19 +134,7 @@ class Recipe(Strict):
         from addlang.problems import set_key
 
         path = Path(path)
-        try:
-            data = strictyaml.read(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            near = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-            raise AddlangError(
-                f"recipe '{path}' does not exist", did_you_mean(path.name, near) if near else "check the path"
-            ) from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise AddlangError(f"recipe '{path}' cannot be read: {error}") from error
-        except yaml.YAMLError as error:
-            raise AddlangError(f"recipe '{path}' is no valid YAML: {error}") from error
-        if not isinstance(data, dict):
-            raise AddlangError(f"recipe '{path}' must be a mapping of keys to values")
+        data = strictyaml.read_mapping(path, "recipe")
         for key, value in overrides:
             set_key(data, key, value)
         return cls.parse(data, where=str(path), files=True, base_dir=path.resolve().parent)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
+
+from addlang.errors import AddlangError, did_you_mean
 
 
 class _Loader(yaml.SafeLoader):
@@ -58,3 +62,28 @@ def read(text: str) -> Any:
         return loader.get_single_data()
     finally:
         loader.dispose()  # type: ignore[no-untyped-call]
+
+
+def read_mapping(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
+    """The mapping that a file holds.
+
+    Args:
+        what: the kind of file, for messages: ``recipe``.
+
+    Raises:
+        AddlangError: there is no such file, it cannot be read, it is no valid YAML or no mapping.
+    """
+    path = Path(path)
+    try:
+        data = read(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        fix = did_you_mean(path.name, near) if near else "check the path"
+        raise AddlangError(f"{what} '{path}' does not exist", fix) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise AddlangError(f"{what} '{path}' cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise AddlangError(f"{what} '{path}' is no valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise AddlangError(f"{what} '{path}' must be a mapping of keys to values")
+    return data

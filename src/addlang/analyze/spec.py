@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError
 
 from addlang import strictyaml
@@ -44,14 +43,7 @@ def load_spec(path: Path, overrides: Sequence[tuple[str, Any]] = ()) -> tuple[An
     Raises:
         AddlangError: every problem of the file at once.
     """
-    try:
-        data = strictyaml.read(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise AddlangError(f"specification '{path}' cannot be read: {error}", "check the path") from None
-    except yaml.YAMLError as error:
-        raise AddlangError(f"specification '{path}' is no valid YAML: {error}") from error
-    if not isinstance(data, dict):
-        raise AddlangError(f"specification '{path}' must be a mapping of keys to values")
+    data = strictyaml.read_mapping(path, "specification")
     return parse_spec({**data, **dict(overrides)}, where=str(path))
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from addlang import strictyaml
@@ -32,16 +30,7 @@ def load(path: str | os.PathLike[str]) -> Merge:
     Raises:
         AddlangError: every problem of the file at once, each with its key.
     """
-    try:
-        data = strictyaml.read(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise AddlangError(f"merge file '{path}' does not exist", "check the path") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise AddlangError(f"merge file '{path}' cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise AddlangError(f"merge file '{path}' is no valid YAML: {error}") from error
-    if not isinstance(data, dict):
-        raise AddlangError(f"merge file '{path}' must be a mapping of keys to values")
+    data = strictyaml.read_mapping(path, "merge file")
     return parse(data, where=str(path))
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BeforeValidator, Field, ValidationError, field_validator
 
 from addlang import strictyaml
@@ -136,19 +135,7 @@ def _read(path: Path, inside: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A study file laid over the one that it ``extends``."""
     if path.resolve() in inside:
         raise AddlangError(f"study '{path}' extends itself")
-    try:
-        data = strictyaml.read(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        near = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        raise AddlangError(
-            f"study '{path}' does not exist", did_you_mean(path.name, near) if near else "check the path"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise AddlangError(f"study '{path}' cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise AddlangError(f"study '{path}' is no valid YAML: {error}") from error
-    if not isinstance(data, dict):
-        raise AddlangError(f"study '{path}' must be a mapping of keys to values")
+    data = strictyaml.read_mapping(path, "study")
     if (base := data.pop("extends", None)) is None:
         return data
     if not isinstance(base, str):
