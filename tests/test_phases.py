@@ -97,7 +97,7 @@ def test_where_the_condition_holds_the_run_is_as_without_it(world: World, tmp_pa
     assert same(plain, held)
     (check,) = read_state(held)["decisions"]["tune"]["conditions"]
     rows = [json.loads(line) for line in (held / "results.jsonl").read_text().splitlines()]
-    values = {r["model"]: r["value"] for r in rows if r["role"] == "target"}
+    values = {r["model"]: r["value"] for r in rows if f"{r['role']}/{r['metric']}" == BITS}
     assert (check["value"], check["reference"]) == (values["read"], values["before"])
 
 

@@ -86,8 +86,7 @@ def carry_out(run: RunDir, world: World, base_dir: Path | None) -> None:
 
     def measure(label: str, directory: Path, share: float = 1.0) -> None:
         back = None if share == 1 else (share, source)
-        target = data[measured.name].heldout
-        world.first(lambda: evaluate(run, label, directory, tokenizer, target, device, base_dir, back))
+        world.first(lambda: evaluate(run, label, directory, tokenizer, data[measured.name], device, base_dir, back))
 
     measure("before", source)
     world.first(lambda: check_conditions(run))
@@ -351,7 +350,7 @@ def evaluate(
     label: str,
     directory: Path,
     tokenizer: Any,
-    heldout: Sequence[tuple[str, str]],
+    data: PhaseData,
     device: torch.device,
     base_dir: Path | None,
     back: tuple[float, Path] | None = None,
@@ -359,27 +358,29 @@ def evaluate(
     """Measure one checkpoint, as it lies on disk, and write its rows and items.
 
     Args:
+        data: has the held-out text, unless the recipe names evaluation data.
         back: ``(a, source)`` to measure ``w0 + a (w - w0)`` instead, with ``w0`` from the source's directory.
     """
     if run.done(f"evaluate:{label}"):
         return
     import torch
 
-    from addlang.data.prepare import cache_root, labelled_texts
+    from addlang.data.prepare import cache_root, labelled_chats, labelled_texts
     from addlang.evaluate.suite import build_suite, cached_evaluate
     from addlang.models import Checkpoint, load_model, scale_back
     from addlang.progress import progress
 
     recipe = run.recipe
-    target = labelled_texts(recipe.evaluation.target_datasets, base_dir) or list(heldout)
+    given = recipe.evaluation.target_datasets
     suite = build_suite(
         recipe.evaluation,
         tokenizer=tokenizer,
-        heldout_target=target,
+        heldout_target=labelled_texts(given, base_dir) if given else data.heldout,
         source_language=recipe.source_language,
         target_language=recipe.language,
         sequence_length=recipe.evaluation.sequence_length or recipe.phases[-1].sequence_length,
         base_dir=base_dir,
+        heldout_chats=labelled_chats(given, base_dir) if given else data.heldout_chats,
     )
     stored = Checkpoint(directory)
     model = load_model(directory, dtype=torch.float32 if device.type == "cpu" else None, device=device)

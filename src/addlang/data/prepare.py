@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from addlang.data.cache import fingerprint
 from addlang.data.card import source_card
-from addlang.data.chat import LossOn
+from addlang.data.chat import LossOn, Message
 from addlang.data.contamination import ItemIndex
 from addlang.data.holdout import split_holdout
 from addlang.data.inspect import OnItems, Screen, inspect
@@ -44,6 +44,7 @@ class PhaseData:
     Attributes:
         mixed: what is drawn, and the budget that it was drawn for.
         heldout: (id, text) of target documents that are not trained on.
+        heldout_chats: (id, messages) of those of them that are conversations.
         card: plain data for the report: sources with rows, tokens, licences, duplicates; the held-out part. ``identity``
             is a hash of what was known before generative replay.
         pool: prompts of generative replay, to be answered by the model that the phase starts from; None: nothing is
@@ -56,6 +57,7 @@ class PhaseData:
     tokenizer: Any
     paths: tuple[str, ...]
     heldout: tuple[tuple[str, str], ...]
+    heldout_chats: tuple[tuple[str, list[Message]], ...]
     card: dict[str, Any]
     pool: Pool | None = None
 
@@ -116,6 +118,7 @@ def prepare(
     packed: list[Packed] = []
     sources: list[dict[str, Any]] = []
     heldout: list[tuple[str, str]] = []
+    chats: list[tuple[str, list[Message]]] = []
     evaluation = recipe.evaluation
     hold = not evaluation.target_datasets
     outside = [
@@ -138,7 +141,9 @@ def prepare(
             )
         )
     for number, split in enumerate(splits):
-        heldout += [(f"{number}:{i}:{row.line}", row.content) for i, row in enumerate(split.heldout)]
+        names = [f"{number}:{i}:{row.line}" for i, row in enumerate(split.heldout)]
+        heldout += [(name, row.content) for name, row in zip(names, split.heldout, strict=True)]
+        chats += [(name, row.messages) for name, row in zip(names, split.heldout, strict=True) if row.messages]
     for number, split in enumerate(splits):
         elsewhere = [row.content for other, s in enumerate(splits) if other != number for row in s.heldout]
         splits[number] = split.excluding(elsewhere) if elsewhere else split
@@ -175,6 +180,7 @@ def prepare(
         tokenizer,
         tuple(s.path for s in phase.datasets),
         tuple(heldout),
+        tuple(chats),
         {
             "sources": sources,
             "heldout": {"documents": len(heldout), "bytes": sum(len(t.encode()) for _, t in heldout)},
@@ -294,4 +300,14 @@ def labelled_texts(specs: tuple[DatasetSpec, ...], base_dir: Path | None = None)
     """(id, text) of evaluation text."""
     return [
         (f"{n}:{row.line}", row.content) for n, spec in enumerate(specs) for row in read_rows(spec, base_dir=base_dir)
+    ]
+
+
+def labelled_chats(specs: Sequence[DatasetSpec], base_dir: Path | None = None) -> list[tuple[str, list[Message]]]:
+    """(id, messages) of evaluation data that are conversations with an answer."""
+    return [
+        (f"{n}:{row.line}", row.messages)
+        for n, spec in enumerate(specs)
+        for row in read_rows(spec, base_dir=base_dir)
+        if row.messages is not None and any(m["role"] == "assistant" for m in row.messages)
     ]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from addlang.errors import AddlangError, AddlangWarning
-from addlang.evaluate import cloze, exact_match, perplexity, replies
+from addlang.evaluate import answers, cloze, exact_match, perplexity, replies
 from addlang.evaluate.measurement import Measurement, NotMeasuredError, NotRun, Outcome, Role
 from addlang.recipe import DatasetSpec, Evaluation, RepliesEvaluation
 
@@ -57,6 +57,7 @@ def build_suite(
     target_language: str,
     sequence_length: int,
     base_dir: Path | None = None,
+    heldout_chats: Sequence[tuple[str, list[dict[str, str]]]] = (),
 ) -> Suite:
     """Collect what a recipe asks for.
 
@@ -71,12 +72,13 @@ def build_suite(
         source_language, target_language: ISO 639 codes.
         sequence_length: window for bits per byte, in tokens.
         base_dir: directory against which the recipe's relative paths are resolved.
+        heldout_chats: (id, messages) of what in ``heldout_target`` are conversations; their answers are measured too.
 
     Raises:
         AddlangError: text, prompts or task files that cannot be read.
     """
     from addlang.data.cache import fingerprint, tokenizer_fingerprint
-    from addlang.data.prepare import labelled_texts
+    from addlang.data.prepare import labelled_chats, labelled_texts
 
     identity = tokenizer_fingerprint(tokenizer, chat=True)
     english = source_language.split("-")[0] in ("en", "eng")
@@ -86,7 +88,7 @@ def build_suite(
     def add(name: str, run: Run, *determined_by: Any) -> None:
         tasks.append(Task(name, fingerprint(name, identity, evaluation.batch_size, *determined_by), run))
 
-    texts: list[tuple[str, str, str, Sequence[tuple[str, str]]]] = []
+    texts: list[tuple[str, Role, str, Sequence[tuple[str, str]]]] = []
     if evaluation.source_datasets:
         texts.append(("text", "source", source_language, labelled_texts(evaluation.source_datasets, base_dir)))
     elif english:
@@ -110,6 +112,23 @@ def build_suite(
             task=full,
         )
         add(full, run, perplexity.VERSION, role, language, sequence_length, documents)
+    chats: list[tuple[str, Role, str, Sequence[tuple[str, list[dict[str, str]]]]]] = [
+        ("answers", "source", source_language, labelled_chats(evaluation.source_datasets, base_dir)),
+        ("held-out answers", "target", target_language, heldout_chats),
+    ]
+    for name, role, language, conversations in chats:
+        if conversations and getattr(tokenizer, "chat_template", None):
+            full = f"{name} ({language})"
+            run = _measured(
+                answers.answer_bits_per_byte,
+                conversations,
+                sequence_length=sequence_length,
+                batch_size=evaluation.batch_size,
+                role=role,
+                language=language,
+                task=full,
+            )
+            add(full, run, answers.VERSION, role, language, sequence_length, conversations)
     for name in evaluation.tasks:
         if name == LAB:
             _add_lab(add, evaluation, target_language)

@@ -24,6 +24,7 @@ from addlang.report.samples import chosen_samples
 from addlang.report.svg import Canvas, Figure
 from addlang.report.tiles import tiles_of
 from addlang.report.verdict import (
+    BITS,
     ROLES,
     finished,
     gained,
@@ -189,7 +190,7 @@ def _front(run: RunData) -> Figure | None:
     points.append(
         figures.PathPoint("adapted model", (target.change, target.low, target.high), (1 + source.change, low, high))
     )
-    what = "fewer bits per byte" if target.tasks[0].metric == "bits_per_byte" else "better scores"
+    what = "fewer bits per byte" if target.tasks[0].metric in BITS else "better scores"
     figure = figures.before_after(
         points,
         f"{numbers.language_name(run.language)} gained: {what} (%)",

@@ -9,6 +9,7 @@ NO_INTERVAL = "(no interval)"
 
 _METRICS = {
     "bits_per_byte": "bits per byte",
+    "answer_bits_per_byte": "bits per byte of answers",
     "exact_match": "exact match",
     "acc": "accuracy",
     "acc_norm": "accuracy (length-normalised)",

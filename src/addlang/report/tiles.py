@@ -41,7 +41,7 @@ def _kept(label: str, change: Change | None) -> Tile:
     if change is None:
         return Tile("none", label, "not run", "", "– not measured")
     kind, state = _STATES[change.outcome]
-    bits = change.tasks[0].metric == BITS
+    bits = change.tasks[0].metric in BITS
     if bits:
         return Tile(kind, label, *_bits(change), state)
     low, high = (None if v is None else 1 + v for v in (change.low, change.high))
@@ -53,7 +53,7 @@ def _gained(label: str, change: Change | None) -> Tile:
     if change is None:
         return Tile("none", label, "not run", "", "– not measured")
     kind, state = _STATES[change.outcome]
-    if change.tasks[0].metric == BITS:
+    if change.tasks[0].metric in BITS:
         return Tile(kind, label, *_bits(change), state)
     big, _, _ = numbers.relative(change.change, None, None).partition(" (")
     return Tile(

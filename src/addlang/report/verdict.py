@@ -13,7 +13,7 @@ from addlang.report.files import Comparison, RunData, read_run
 from addlang.report.phases import stopped_sentence
 
 Outcome = Literal["better", "worse", "unclear", "no interval", "not run"]
-BITS = "bits_per_byte"
+BITS = ("answer_bits_per_byte", "bits_per_byte")  # what the first measures, the second measures less well
 ROLES = ("source", "target", "safety")  # in the order in which they are shown
 
 
@@ -80,19 +80,24 @@ def about_replies(row: HasMetric) -> bool:
 
 def abilities(rows: Sequence[M]) -> list[M]:
     """Rows that measure what the model can do: neither bits per byte nor the manner of replies."""
-    return [r for r in rows if r.metric != BITS and not about_replies(r)]
+    return [r for r in rows if r.metric not in BITS and not about_replies(r)]
+
+
+def of_text(rows: Sequence[Comparison]) -> list[Comparison]:
+    """Rows of bits per byte: of answers where conversations were measured, else of text."""
+    return next((found for metric in BITS if (found := [r for r in rows if r.metric == metric])), [])
 
 
 def kept(run: RunData) -> Change | None:
     """How much of the source language was kept: over abilities, or over bits per byte where no ability was measured."""
     rows = rows_of(run, "source")
-    return mean_change(abilities(rows)) or mean_change([r for r in rows if r.metric == BITS])
+    return mean_change(abilities(rows)) or mean_change(of_text(rows))
 
 
 def gained(run: RunData) -> Change | None:
     """How much target language was gained: bits per byte, or abilities where that was not measured."""
     rows = rows_of(run, "target")
-    return mean_change([r for r in rows if r.metric == BITS]) or mean_change(abilities(rows))
+    return mean_change(of_text(rows)) or mean_change(abilities(rows))
 
 
 @dataclass(frozen=True)
@@ -153,7 +158,7 @@ def source_sentence(run: RunData) -> str:
     change = kept(run)
     if change is None:
         return f"{name} was not measured" + _reason(run, "source")
-    if all(r.metric == BITS for r in change.tasks):
+    if all(r.metric in BITS for r in change.tasks):
         return _bits_sentence(name, change, "loss")
     text = _share(1 + change.change, _plus(change.low), _plus(change.high))
     what = _over(change.tasks)
@@ -174,7 +179,7 @@ def target_sentence(run: RunData) -> str:
     change = gained(run)
     if change is None:
         return f"{name} was not measured" + _reason(run, "target")
-    if all(r.metric == BITS for r in change.tasks):
+    if all(r.metric in BITS for r in change.tasks):
         return _bits_sentence(name, change, "gain")
     what = _over(change.tasks)
     text = numbers.relative(change.change, change.low, change.high)
@@ -191,13 +196,14 @@ def target_sentence(run: RunData) -> str:
 
 def _bits_sentence(name: str, change: Change, looked_for: str) -> str:
     amount, low, high = abs(change.change), change.low, change.high
+    what = f"{name} text costs" if change.tasks[0].metric == "bits_per_byte" else f"{name} answers cost"
     if change.outcome == "unclear":
         minus = numbers.relative(-change.change, None if high is None else -high, None if low is None else -low)
         return f"no {looked_for} in {name} is shown: bits per byte changed by {minus}"
     if change.change >= 0:
-        return f"{name} text costs {_share(amount, low, high)} fewer bits per byte"
+        return f"{what} {_share(amount, low, high)} fewer bits per byte"
     flipped = _share(amount, None if high is None else -high, None if low is None else -low)
-    return f"{name} text costs {flipped} more bits per byte" + (": nothing was gained" if looked_for == "gain" else "")
+    return f"{what} {flipped} more bits per byte" + (": nothing was gained" if looked_for == "gain" else "")
 
 
 def replies_sentence(run: RunData) -> list[str]:
