@@ -677,3 +677,28 @@ def test_a_terminated_process_exits_75_and_continues(world: World, tmp_path: Pat
     whole = start(long_recipe(world, tmp_path / "whole"))
     assert whole.wait() == 0
     assert same(tmp_path / "out", tmp_path / "whole" / "out")
+
+
+def test_a_base_model_needs_a_template_and_is_exported_with_it(world: World, tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base")
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        if name.endswith("jinja"):
+            (base / name).unlink()
+        else:
+            config = json.loads((base / name).read_text())
+            config.pop("chat_template", None)
+            (base / name).write_text(json.dumps(config))
+    chats = write_rows(tmp_path / "chat.jsonl", chat_rows(60, 7))
+    settings: dict[str, Any] = {
+        "model_name_or_path": str(base), "datasets": [{"path": chats}], "strategy": "full", "calibration": None, "sequence_length": 128,
+    }  # fmt: skip
+    with pytest.raises(AddlangError, match=r"no chat template(.|\n)*chat_template: alpaca"):
+        execute(world.recipe(tmp_path / "without", **settings))
+    out = execute(world.recipe(tmp_path / "with", chat_template="alpaca", **settings))
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    )
+    assert text == "### Instruction:\nHi\n\n### Response:\n"
