@@ -10,6 +10,7 @@ from typing import Any
 import typer
 from pydantic_core import PydanticUndefined
 
+from addlang.analyze.base import KINDS, Analysis, load_kind
 from addlang.cli import app
 from addlang.merge.methods import METHODS, Merge
 from addlang.recipe import Calibration, DatasetSpec, Evaluation, Phase, Recipe, RepliesEvaluation
@@ -70,6 +71,11 @@ def build() -> str:
         parameters = method.model_fields["parameters"].annotation if "parameters" in method.model_fields else None
         if parameters is not None:
             lines += ["`parameters`:", "", *_fields(parameters), ""]
+    lines += ["## Analyses", "", "The keys of every kind of `addlang analyze`, and `name` and `title` of each.", ""]
+    for kind in KINDS:
+        cls = load_kind(kind)
+        lines += [f"### {kind}", "", f"{cls.summary[:1].upper()}{cls.summary[1:]}. {cls.paper}.", ""]
+        lines += [*_fields(cls, [n for n in cls.model_fields if n not in Analysis.model_fields]), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -20,6 +20,9 @@ from scipy.stats import spearmanr
 sys.path.insert(0, str(Path(__file__).parent))
 from pairs import NEW, Pair, pairs
 
+from addlang.analyze.mpd import parameter_difference
+from addlang.lab import lab_model_path
+from addlang.models import Checkpoint
 from addlang.preflight.forecast import FORMAT, Coefficients, fit, forecast, logit, solve
 from addlang.preflight.probe import STEPS
 
@@ -47,10 +50,11 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """One pair: what was measured before, and the share of English that was lost."""
+    """One pair: what was measured before, and the share of English that was lost. ``mpd``: of the finished run."""
 
     pair: Pair
     signals: dict[str, float]
+    mpd: float
     lost: float
     before: float
     after: float
@@ -66,7 +70,8 @@ def load(root: Path) -> list[Row]:
         lines = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
         score = {r["model"]: r["value"] for r in lines if r["metric"] == "exact_match"}
         measured = json.loads(signals.read_text(encoding="utf-8"))["signals"]
-        rows.append(Row(pair, measured, 1 - score["after"] / score["before"], score["before"], score["after"]))
+        mpd = parameter_difference(lab_model_path(), root / "runs" / pair.name).tensor
+        rows.append(Row(pair, measured, mpd, 1 - score["after"] / score["before"], score["before"], score["after"]))
     return rows
 
 
@@ -84,9 +89,6 @@ def train(rows: Sequence[Row], features: Sequence[str]) -> Coefficients:
 
 
 def lab_parameters() -> int:
-    from addlang.lab import lab_model_path
-    from addlang.models import Checkpoint
-
     return sum(math.prod(shape) for _, shape in Checkpoint(lab_model_path()).header.values())
 
 
@@ -142,8 +144,27 @@ def study(rows: Sequence[Row]) -> dict[str, Any]:
             signal: float(spearmanr([r.signals[signal] for r in unseen], [r.lost for r in unseen]).statistic)
             for signal in sorted(known[0].signals)
         },
+        "mpd_afterwards": float(spearmanr([r.mpd for r in unseen], [r.lost for r in unseen]).statistic),
+        "by_strategy": by_strategy(unseen, models[chosen]),
         "referee": referee(rows, models[chosen]),
     }
+
+
+def by_strategy(rows: Sequence[Row], fitted: Coefficients) -> dict[str, Any]:
+    """Mean loss and mean forecast of the pairs of each strategy: is one of them judged too hard?"""
+    out = {}
+    for name in sorted({r.pair.strategy for r in rows}):
+        own = [
+            (r.lost, f.lost)
+            for r in rows
+            if r.pair.strategy == name and (f := forecast(r.signals, fitted)).lost is not None
+        ]
+        out[name] = {
+            "pairs": len(own),
+            "lost": float(np.mean([a for a, _ in own])),
+            "forecast": float(np.mean([b for _, b in own])),
+        }
+    return out
 
 
 def referee(rows: Sequence[Row], fitted: Coefficients) -> dict[str, Any]:

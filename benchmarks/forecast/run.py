@@ -92,7 +92,9 @@ def measure_one(data: dict[str, Any], _where: str, _base_dir: Path | None) -> st
 
 def table(rows: list[Row]) -> list[dict[str, Any]]:
     """Every pair with what was lost, for whoever wants to look."""
-    return [{**vars(r.pair), "lost": r.lost, "before": r.before, "after": r.after, **r.signals} for r in rows]
+    return [
+        {**vars(r.pair), "lost": r.lost, "before": r.before, "after": r.after, "mpd": r.mpd, **r.signals} for r in rows
+    ]
 
 
 def main() -> None:

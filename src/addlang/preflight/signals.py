@@ -115,7 +115,7 @@ def signals(
             "probe_steps": float(probe.steps),
             "log_probe_loss": math.log10(max(probe.loss_change, SMALL)),
             "log_probe_shift": math.log10(max(probe.shift, SMALL)),
-            "probe_accuracy_lost": math.log10(max(probe.accuracy_lost, SMALL)),
+            "log_probe_accuracy_lost": math.log10(max(probe.accuracy_lost, SMALL)),
             "log_probe_moved": math.log10(max(probe.moved, 1e-9)),
             "log_steps_left": math.log10(steps / probe.steps),
             "probe_target_drop": probe.target_loss[0] - probe.target_loss[1],
