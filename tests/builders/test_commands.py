@@ -131,6 +131,7 @@ def test_translate_end_to_end(data: Data, monkeypatch: pytest.MonkeyPatch) -> No
         (["--base_url", "http://x", "--model", "m", "--api_key_env", "NOT_SET_AT_ALL"], "NOT_SET_AT_ALL is not set"),
         (["--base_url", "http://x", "--model", "m", "--prompt", "p.txt"], "unknown field {language}"),
         (["--local", "gone/model/dir"], "does not exist"),
+        (["--local", "lab", "--max_tokens", "5k"], "caps are for endpoints"),
     ],
 )
 def test_translate_says_what_is_wrong_with_its_options(data: Data, options: list[str], message: str) -> None:

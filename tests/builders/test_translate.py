@@ -233,8 +233,10 @@ def test_a_text_that_the_server_refuses_is_rejected_and_the_others_are_not(job: 
     def picky(text: str, number: int, request: dict[str, Any]) -> Answer | None:
         return Answer("too long", status=400) if "number 4" in text else None
 
-    about = job(Server(picky), concurrency=1)
+    server = Server(picky)
+    about = job(server, concurrency=1)
     assert about["translated"] == 5
+    assert len([text for text in server.texts if "number 4" in text]) == 1, "it would be refused again"
     assert read(tmp_path / "out.jsonl.rejects.jsonl")[0]["reason"] == "refused by the server: too long"
 
 

@@ -33,6 +33,7 @@ class Reply:
     Attributes:
         text: None if there is none that could be used.
         problem: why not, as far as the back-end knows: cut off, refused by the server.
+        final: asking again would not help.
         tokens_in, tokens_out: what was paid for; ``estimated`` where the server did not say.
     """
 
@@ -40,6 +41,7 @@ class Reply:
     attempt: int
     text: str | None
     problem: str | None = None
+    final: bool = False
     tokens_in: int = 0
     tokens_out: int = 0
     estimated: bool = False

@@ -170,8 +170,9 @@ class Endpoint:
                 self._heed(response)
                 continue
             if response.status_code in OWN_FAULT:
-                reply = Reply(request.key, request.attempt, None, f"refused by the server: {_message(response)}")
-                self._count_refusal(reply.problem or "")
+                problem = f"refused by the server: {_message(response)}"
+                self._count_refusal(problem)
+                reply = Reply(request.key, request.attempt, None, problem, final=True)
                 keep(reply)
                 return reply
             if response.status_code != 200:
@@ -182,7 +183,6 @@ class Endpoint:
                 continue
             with self._lock:
                 self._answered += 1
-            self.budget.spend(found.tokens_in, found.tokens_out)
             keep(found)
             return found
         raise AddlangError(
@@ -210,7 +210,15 @@ class Endpoint:
             problem = "withheld by the server's filter"
         elif not said.strip():
             problem = "empty"
-        return Reply(request.key, request.attempt, said, problem, tokens_in, tokens_out, not known)
+        return Reply(
+            request.key,
+            request.attempt,
+            said,
+            problem,
+            tokens_in=tokens_in,
+            tokens_out=tokens_out,
+            estimated=not known,
+        )
 
     def _session(self) -> Any:
         """One connection per thread."""

@@ -103,12 +103,12 @@ class LocalModel:
         for i, request in enumerate(batch):
             if i not in made:
                 problem = f"too long for the model: {len(ids[i])} tokens and a reply do not fit into {room}"
-                found.append(Reply(request.key, request.attempt, None, problem))
+                found.append(Reply(request.key, request.attempt, None, problem, final=True))
                 continue
             tokens, cut = made[i]
             text = tokenizer.decode(tokens, skip_special_tokens=True)
             why = f"cut off after {len(tokens)} tokens" if cut else None
-            found.append(Reply(request.key, request.attempt, text, why, len(ids[i]), len(tokens)))
+            found.append(Reply(request.key, request.attempt, text, why, tokens_in=len(ids[i]), tokens_out=len(tokens)))
         return found
 
     def _room(self, model: Any) -> int:

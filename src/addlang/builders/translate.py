@@ -83,7 +83,7 @@ def translate(
     """Carry out a job, or go on with it; returns what is also written to ``<output>.about.json``.
 
     Args:
-        budget: that of the back-end; what earlier sittings spent is counted first.
+        budget: that of the back-end; every reply is counted, those of earlier sittings first.
         progress: called with the number of texts done and an estimate of all.
 
     Raises:
@@ -102,12 +102,14 @@ class _Work:
         self.identity = ["translate", VERSION, backend.identity, job.source, job.target]
         self.journal = Journal(job.beside(".journal.jsonl"))
         self.replies: dict[str, list[Reply]] = {}
+        self.verdicts: dict[str, tuple[int, Reply | None, str | None]] = {}
         for row in self.journal.rows:
             self._remember(Reply(**row))
         self._appending = threading.Lock()
 
     def _remember(self, reply: Reply) -> None:
         self.replies.setdefault(reply.key, []).append(reply)
+        self.budget.spend(reply.tokens_in, reply.tokens_out)
 
     def _keep(self, reply: Reply) -> None:
         with self._appending:
@@ -140,26 +142,31 @@ class _Work:
             found.append(_Piece(protected, behind, key))
         return found
 
-    def judged(self, piece: _Piece) -> tuple[str | None, str | None, int]:
-        """``(translation, problem, attempts so far)``: the first reply that can be kept, or what is wrong with the last."""
-        assert piece.key is not None
-        problem, replies = None, self.replies.get(piece.key, [])
-        for reply in replies:
-            text, problem = self._judge(piece, reply)
-            if problem is None:
-                return text, None, len(replies)
-        return None, problem, len(replies)
+    def judged(self, piece: _Piece) -> tuple[str | None, str | None, bool]:
+        """``(translation, problem, settled)``: of the first reply that can be kept, or what is wrong with the last.
 
-    def _judge(self, piece: _Piece, reply: Reply) -> tuple[str, str | None]:
+        Pieces of one key differ only in what is protected, so replies are judged once per key.
+        """
+        assert piece.key is not None
+        replies = self.replies.get(piece.key, [])
+        number, good, problem = self.verdicts.get(piece.key, (0, None, None))
+        for reply in replies[number:] if good is None else ():
+            problem = self._problem(piece, reply)
+            if problem is None:
+                good = reply
+                break
+        self.verdicts[piece.key] = (len(replies), good, problem)
+        if good is not None:
+            return self.job.protector.restore((good.text or "").strip(), piece.protected)[0], None, True
+        return None, problem, len(replies) >= self.job.attempts or any(reply.final for reply in replies)
+
+    def _problem(self, piece: _Piece, reply: Reply) -> str | None:
         said = (reply.text or "").strip()
-        if reply.problem:
-            return said, reply.problem
-        text, problem = self.job.protector.restore(said, piece.protected)
-        prose = self.job.protector.prose(said)
+        problem = reply.problem or self.job.protector.restore(said, piece.protected)[1]
         problem = problem or length_problem(said, piece.protected.text)
         if problem is None and self.job.check_language:
-            problem = language_problem(prose, self.job.source, self.job.target)
-        return text, problem
+            problem = language_problem(self.job.protector.prose(said), self.job.source, self.job.target)
+        return problem
 
     def carry_out(self, progress: Callable[[int, int], None] | None) -> bool:
         """Ask for everything that is not there yet; False if the cap ended it."""
@@ -177,22 +184,22 @@ class _Work:
                         if piece.key is None or piece.key in known:
                             continue
                         known[piece.key] = piece
-                        text, problem, attempts = self.judged(piece)
-                        if text is None and attempts < self.job.attempts:
-                            yield Request(piece.key, piece.protected.text, attempts, problem)
-                        else:
+                        _, problem, settled = self.judged(piece)
+                        if settled:
                             done += 1
+                        else:
+                            yield Request(
+                                piece.key, piece.protected.text, len(self.replies.get(piece.key, ())), problem
+                            )
 
         fresh = unasked()
-        for reply in [reply for replies in self.replies.values() for reply in replies]:
-            self.budget.spend(reply.tokens_in, reply.tokens_out)
         try:
             for request, _ in self.backend.run(lambda: again.popleft() if again else next(fresh, None), self._keep):
-                text, problem, attempts = self.judged(known[request.key])
-                if text is None and attempts < self.job.attempts:
-                    again.append(Request(request.key, request.text, attempts, problem))
-                else:
+                _, problem, settled = self.judged(known[request.key])
+                if settled:
                     done += 1
+                else:
+                    again.append(Request(request.key, request.text, len(self.replies[request.key]), problem))
                 if progress is not None:
                     progress(done, round(len(known) * number / read))
         except OutOfBudgetError:
@@ -229,7 +236,8 @@ class _Work:
                     )
                 else:
                     new = with_texts(record, texts, format)
-                    yield {"id": row, **new, "language": self.job.target, "translated_from": self.job.source}
+                    name = row if len(self.job.files) == 1 else f"{Path(file).name}:{row}"
+                    yield {"id": name, **new, "language": self.job.target, "translated_from": self.job.source}
 
         written = write_rows(self.job.output, translated())
         if rejects:
@@ -270,10 +278,10 @@ class _Work:
                 if piece.key is None:
                     parts.append((self.job.protector.restore(piece.protected.text, piece.protected)[0], piece.behind))
                     continue
-                text, problem, attempts = self.judged(piece)
+                text, problem, settled = self.judged(piece)
+                if not settled:
+                    return texts, None, True
                 if text is None:
-                    if attempts < self.job.attempts:
-                        return texts, None, True
                     return texts, (place, problem or "no reply", self.replies[piece.key][-1].text), False
                 parts.append((text, piece.behind))
             texts[place] = join(parts)

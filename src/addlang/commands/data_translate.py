@@ -126,6 +126,8 @@ def translate(
         from addlang.builders.local import LocalModel
         from addlang.models import resolve
 
+        if max_tokens is not None or max_cost is not None:
+            raise AddlangError("a local model costs nothing to ask", "caps are for endpoints; use --limit")
         backend = LocalModel(
             resolve(str(local)), **asked, source_code=source_code, target_code=target_code, prefix=prefix, beams=beams,
             batch_size=batch_size,
