@@ -96,6 +96,13 @@ def test_a_reply_that_is_cut_off_is_not_kept(job: Job) -> None:
     assert about["replies"] == 2 * about["texts"]
 
 
+def test_a_reply_with_half_a_character_is_asked_for_again(job: Job) -> None:
+    raw = b'{"choices": [{"message": {"content": "Der alte \\ud83d Mann"}, "finish_reason": "stop"}]}'
+    about = job(Server(lambda text, number, request: None if number else Answer(raw=raw)), limit=1)
+    assert about["translated"] == 1
+    assert about["replies"] == 2 * about["texts"]
+
+
 def test_what_passes_is_tried_again(job: Job) -> None:
     troubles = [
         Answer("slow down", status=429), Answer("oops", status=500), Answer(raw=b"{not json"), Answer(raw=b"[]"),

@@ -200,7 +200,8 @@ class Endpoint:
             return None
         usage = data.get("usage") or {}
         known = isinstance(usage.get("prompt_tokens"), int) and isinstance(usage.get("completion_tokens"), int)
-        said = text if isinstance(text, str) else ""
+        given = text if isinstance(text, str) else ""
+        said = given.encode("utf-8", "replace").decode()  # half of a surrogate pair fits into no file
         guess = (sum(len(m["content"].encode()) for m in payload["messages"]) // 4, len(said.encode()) // 4)
         tokens_in, tokens_out = (usage["prompt_tokens"], usage["completion_tokens"]) if known else guess
         problem = None
@@ -210,6 +211,8 @@ class Endpoint:
             problem = "withheld by the server's filter"
         elif not said.strip():
             problem = "empty"
+        elif said != given:
+            problem = "half a character in it"
         return Reply(
             request.key,
             request.attempt,
