@@ -81,7 +81,7 @@ def test_the_analysis_gives_a_row_per_layer_and_an_unchanged_model_zero(tmp_path
 
 
 def test_the_papers_centring_over_layers_gives_one_covariance(tmp_path: Path) -> None:
-    result = make_analysis("drift", {"limit": 6, "center": "layers"}).run(context(tmp_path, a=0, b=1))
+    result = make_analysis("drift", {"limit": 6, "center": "across_layers"}).run(context(tmp_path, a=0, b=1))
     assert len(result.data["drift"]["b"]) == 1
     assert result.draw is None
 

@@ -109,6 +109,6 @@ def test_tsne_of_languages_needs_rows_that_belong_together(tmp_path: Path) -> No
 def test_points_of_layers_are_the_papers_reading(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     models = {str(s): save_model(tmp_path / str(s), seed=s) for s in (0, 1)}
-    result = make_analysis("tsne", {"points": "layers", "limit": 5}).run(Context(models))
+    result = make_analysis("tsne", {"points": "per_layer", "limit": 5}).run(Context(models))
     ((_, panel),) = result.data["panels"].items()
     assert {n: len(xy) for n, xy in panel.items()} == {"0": 3, "1": 3}

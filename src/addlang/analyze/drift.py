@@ -72,8 +72,8 @@ class Drift(Analysis):
     reference: str | None = Field(None, description="drift is measured from this model; default: the first one")
     norm: Literal["spectral", "frobenius"] = Field("spectral", description="norm of the figure; both are in the data")
     relative: bool = Field(True, description="figure: as a share of the reference's covariance")
-    center: Literal["prompts", "layers"] = Field(
-        "prompts", description="prompts: a covariance per layer; layers: the paper's text, one covariance per model"
+    center: Literal["prompts", "across_layers"] = Field(
+        "prompts", description="prompts: a covariance per layer; across_layers: the paper's text, one covariance per model"
     )
     prompts: str | None = Field(None, description="file of prompts such as MT-Bench; default: built-in English ones")
     limit: int | None = Field(None, gt=1, description="prompts used")
@@ -92,7 +92,7 @@ class Drift(Analysis):
         drift: dict[str, list[Change]] = {}
         for name in others:
             end = same_shape(reference, start, name, context.states(name, chosen))
-            if self.center == "layers":
+            if self.center == "across_layers":
                 drift[name] = [covariance_change(start.mean(1), end.mean(1))]
             else:
                 drift[name] = [covariance_change(a, b) for a, b in zip(start, end, strict=True)]
@@ -105,7 +105,7 @@ class Drift(Analysis):
             data={"reference": reference, "drift": data},
             settings={"prompts": chosen.source, "chat_template": chosen.template, "precision": "float64"},
             notes=_notes(self.center),
-            draw=None if self.center == "layers" else lambda figure: self._draw(figure, drift),
+            draw=None if self.center == "across_layers" else lambda figure: self._draw(figure, drift),
         )
 
     def _by_layer(self, drift: dict[str, list[Change]]) -> Table:
@@ -159,7 +159,7 @@ class Drift(Analysis):
 
 
 def _layer(index: int, center: str) -> str:
-    return "all layers" if center == "layers" else f"layer {index}" if index else "embedding"
+    return "all layers" if center == "across_layers" else f"layer {index}" if index else "embedding"
 
 
 def _percent(change: Change, norm: str) -> str:
@@ -169,7 +169,7 @@ def _percent(change: Change, norm: str) -> str:
 
 def _notes(center: str) -> list[str]:
     notes = ["Activations are means over a prompt's tokens without pads and the leading BOS; layer 0 is the embedding."]
-    if center == "layers":
+    if center == "across_layers":
         notes.append("Centred over layers, as the paper's text says: one covariance per model, which no layer owns.")
     return notes
 

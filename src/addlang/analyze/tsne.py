@@ -64,8 +64,8 @@ class Tsne(Analysis):
     parallel: dict[str, str] = Field(
         {}, description="language -> file of sentences, row by row translations; the first is compared with the others"
     )
-    points: Literal["texts", "layers"] = Field(
-        "texts", description="texts: a panel per layer; layers: a point per layer, as the paper's X in R^(l x d)"
+    points: Literal["texts", "per_layer"] = Field(
+        "texts", description="texts: a panel per layer; per_layer: a point per layer, as the paper's X in R^(l x d)"
     )
     layers: tuple[int, ...] = Field((), description="panels; default: four, evenly spaced; 0 is the embedding")
     perplexity: float = Field(30.0, gt=1)
@@ -101,7 +101,7 @@ class Tsne(Analysis):
             for part, pairs in ratios.items()
             for pair, values in pairs.items()
         ]
-        if self.points == "layers":
+        if self.points == "per_layer":
             panels = {part: self._points_of_layers(groups) for part, groups in parts.items()}
         else:
             panels = {
@@ -132,7 +132,7 @@ class Tsne(Analysis):
                 "of a point from its own centre. Distances in the picture mean nothing.",
                 "All groups of a panel are embedded together, with one seed.",
             ],
-            draw=lambda figure: _draw(figure, panels, lines=self.points == "layers"),
+            draw=lambda figure: _draw(figure, panels, lines=self.points == "per_layer"),
             size=(2.6 * min(len(panels), 4) + 1.4, 2.6 * -(-len(panels) // 4) + 0.5),
         )
 
