@@ -173,7 +173,8 @@ def show_plan(result: dict[str, Any]) -> None:
         for line in p["notes"]:
             print(f"  note: {line}")
         render_table(
-            ["memory per device", "GiB"], [[k.replace("_", " "), f"{v / 2**30:.3f}"] for k, v in p["memory"].items()]
+            ["memory per device", "GiB"],
+            [[k.replace("_", " "), f"{v / 2**30:.3f}"] for k, v in p["memory"].items() if v],
         )
         if p["gpu"] is not None:
             show_gpu(p["gpu"])

@@ -89,3 +89,12 @@ def test_settings_that_fit_differ_in_more_than_the_size_of_a_pass() -> None:
     assert len(found) == 3
     assert all(c.total <= 80 * GIB for c in found)
     assert len({str({k: v for k, v in c.changes.items() if "batch" not in k}) for c in found}) == 3
+
+
+def test_penalties_count_what_they_keep_beside_every_trained_element() -> None:
+    config, _, plan = preset("olmo2-7b", strategy="full")
+    settings = {"micro": 1, "stored_bytes": 2, "compute_bytes": 2, "form": "masked"}
+    plain = estimate(config, plan, phase(), **settings)
+    both = estimate(config, plan, phase(guards=["ewc", "l2sp"]), **settings)
+    assert plain["guards"] == 0
+    assert both["total"] - plain["total"] == both["guards"] == 3 * 4 * plan.trainable_count

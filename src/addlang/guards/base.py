@@ -77,13 +77,18 @@ class ActiveGuard(ABC):
 
 
 class Guard(BaseModel):
-    """Base of every guard."""
+    """Base of every guard.
+
+    Attributes:
+        copies: how many values it keeps beside every trained element, in that element's type (for memory estimates).
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     summary: ClassVar[str] = ""
+    copies: ClassVar[int] = 0
 
     @property
     def token_share(self) -> float:

@@ -30,7 +30,9 @@ class EWC(Guard):
     paper = "Overcoming catastrophic forgetting in neural networks (Kirkpatrick et al., 2017; arXiv 1612.00796)"
     summary = "pull every trained weight towards its source value, by its Fisher information"
 
-    weight: float = Field(1e4, gt=0, description="lambda: the gradient is lambda times F times the distance")
+    copies = 2
+
+    weight: float = Field(1e3, gt=0, description="lambda: the gradient is lambda times F times the distance")
     sequences: int | None = Field(
         None, gt=0, description="conversations that F is averaged over, spread over the set; None: all"
     )

@@ -23,6 +23,8 @@ class L2SP(Guard):
     )
     summary = "pull every trained weight towards its source value"
 
+    copies = 1
+
     weight: float = Field(0.01, gt=0, description="lambda: the gradient is lambda times the distance from the source")
 
     def start(self, context: GuardContext) -> ActiveGuard:

@@ -47,7 +47,7 @@ def estimate(
 
     Returns:
         ``frozen_weights``, ``trained_weights``, ``compute_copies``, ``gathered`` (of other devices' shards),
-        ``gradients``, ``optimizer``, ``activations``, ``logits`` and their ``total``.
+        ``gradients``, ``optimizer``, ``guards``, ``activations``, ``logits`` and their ``total``.
     """
     trained, frozen, partly = besides, 0, 0
     for entry in plan.entries.values():
@@ -89,6 +89,7 @@ def estimate(
         "gathered": gathered,
         "gradients": trained * master // shards,
         "optimizer": (round(trained * optimizer_bytes(phase, master)) + wide) // shards,
+        "guards": trained * master * sum(g.copies for g in phase.all_guards) // shards,
         "activations": activations(config, tokens, compute_bytes, checkpointing=phase.activation_checkpointing),
         "logits": logits(config, tokens) + head * compute_bytes,
     }
@@ -256,7 +257,7 @@ def out_of_memory(
     need = estimate(config, plan, phase, micro=micro, shards=shards, **about)  # type: ignore[arg-type]
     available = device_memory(device) * USABLE
     fits = that_fit(choices(config, plan, phase, micro=micro, shards=shards, **about), available)
-    parts = ", ".join(f"{k.replace('_', ' ')} {v / GIB:.1f}" for k, v in need.items() if k != "total")
+    parts = ", ".join(f"{k.replace('_', ' ')} {v / GIB:.1f}" for k, v in need.items() if v and k != "total")
     if fits:
         fix = "one of: " + "; ".join(map(str, fits))
     else:
