@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-BLOCK = 1 << 22  # elements of one tensor that are held at once (16 MiB in fp32), of each model
+BLOCK = 1 << 20  # elements of one tensor that are held at once (4 MiB in fp32), of each model
 MUST_AGREE = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "tie_word_embeddings")
 MAY_DIFFER = {
     "_name_or_path", "architectures", "attention_dropout", "bos_token_id", "dtype", "embd_pdrop", "eos_token_id",
