@@ -42,3 +42,10 @@ def test_the_search_for_evaluation_items_is_told_with_its_rule() -> None:
     assert "mgsm 250" in text
     assert "No training row contains one. The rule: 13 words. 12 texts are too short" in text
     assert "3 training row(s) contain one" in datacard.overlap({"overlap": {**found, "rows": 3}})
+
+
+def test_a_table_names_the_most_common_licences() -> None:
+    given = {"A": 1, "B": 400, "C": 30, "D": 2, "E": 5}
+    assert datacard.licence({"licenses": given}) == "B (400), C (30), E (5), 2 more"
+    assert datacard.licence({"licenses": {"A": 1}}) == "A"
+    assert datacard.licence({"licenses": {}}) == "not stated"

@@ -42,8 +42,9 @@ def task_texts(
         if name in (LAB, LAB_TARGET):
             yield from _lab(name, target_language, limit)
         elif path.is_file() and kind_of(path):
+            task = "/".join(Path(name).parts[-2:])  # many are called test.jsonl
             for row, record in read_records(path):
-                yield from _strings(path.name, str(row), "", record)
+                yield from _strings(task, str(row), "", record)
         else:
             for task, number, document in lm_eval.documents(name, limit=limit, base_dir=base_dir):
                 yield from _strings(task, str(number), "", document)

@@ -7,6 +7,7 @@ from typing import Any
 
 from addlang.report import numbers
 
+LICENCES = 3  # named in a table; state.json has them all
 Table = tuple[list[str], list[list[str]]]
 
 
@@ -101,7 +102,11 @@ def licence(source: Mapping[str, Any]) -> str:
     """Licence of a data source as it was given; ``not stated`` otherwise."""
     given = source.get("licenses") or source.get("license")
     if isinstance(given, dict):
-        return ", ".join(f"{name} ({numbers.integer(n)})" if len(given) > 1 else str(name) for name, n in given.items())
+        if len(given) == 1:
+            return str(next(iter(given)))
+        most = sorted(given.items(), key=lambda item: -item[1])
+        rest = f", {len(most) - LICENCES} more" if len(most) > LICENCES else ""
+        return ", ".join(f"{name} ({numbers.integer(n)})" for name, n in most[:LICENCES]) + rest or "not stated"
     if isinstance(given, list | tuple):
         return ", ".join(map(str, given))
     return str(given) if given else "not stated"
