@@ -20,24 +20,7 @@ from addlang.guards.ewc import fisher, spread
 from addlang.recipe import Phase
 from addlang.strategies import PlanInputs, make_strategy
 from addlang.train.loop import Schedule, train
-
-
-class Killed(BaseException):
-    pass
-
-
-class Data:
-    def __init__(self, kill_at: int | None = None) -> None:
-        self.kill_at = kill_at
-
-    def batch(self, first: int, count: int) -> dict[str, np.ndarray[Any, Any]]:
-        if self.kill_at == first // count:
-            raise Killed
-        ids = np.stack([np.random.default_rng(k).integers(6, 260, 16) for k in range(first, first + count)])
-        return {"input_ids": ids, "labels": ids, "position_ids": np.broadcast_to(np.arange(16), ids.shape).copy()}
-
-    def describe_rows(self, first: int, count: int) -> list[dict[str, Any]]:
-        return []
+from guarding import Data, KilledError
 
 
 def conversations() -> CalibrationSet:
@@ -117,7 +100,7 @@ def test_masked_and_split_give_the_same_result(tmp_path: Path) -> None:
 @pytest.mark.parametrize("strategy", ["ssu", "gmt", "lisa", "lora", "s2ft"])
 def test_resumed_equals_uninterrupted(strategy: str, tmp_path: Path) -> None:
     want = carry_out(tmp_path / "whole", strategy)
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         carry_out(tmp_path / "killed", strategy, kill_at=4)
     got = carry_out(tmp_path / "killed", strategy)
     assert all(torch.equal(bits(want[n]), bits(got[n])) for n in want)

@@ -6,7 +6,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from tiny import calibration, make_model
@@ -16,24 +15,7 @@ from addlang.guards import make_guard
 from addlang.recipe import Phase
 from addlang.strategies import PlanInputs, make_strategy
 from addlang.train.loop import Schedule, train
-
-
-class Killed(BaseException):
-    pass
-
-
-class Data:
-    def __init__(self, kill_at: int | None = None) -> None:
-        self.kill_at = kill_at
-
-    def batch(self, first: int, count: int) -> dict[str, np.ndarray[Any, Any]]:
-        if self.kill_at == first // count:
-            raise Killed
-        ids = np.stack([np.random.default_rng(k).integers(6, 260, 16) for k in range(first, first + count)])
-        return {"input_ids": ids, "labels": ids, "position_ids": np.broadcast_to(np.arange(16), ids.shape).copy()}
-
-    def describe_rows(self, first: int, count: int) -> list[dict[str, Any]]:
-        return []
+from guarding import Data, KilledError
 
 
 def attach(execution: str) -> Any:
@@ -76,7 +58,7 @@ def test_the_gradient_is_lambda_times_the_distance_worked_by_hand() -> None:
 @pytest.mark.parametrize("execution", ["masked", "split"])
 def test_resumed_equals_uninterrupted_and_frozen_stays(execution: str, tmp_path: Path) -> None:
     want = carry_out(tmp_path / "whole", execution)
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         carry_out(tmp_path / "killed", execution, kill_at=4)
     got = carry_out(tmp_path / "killed", execution)
     assert all(torch.equal(bits(want[n]), bits(got[n])) for n in want)
