@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-from server import Server
 
 from addlang.builders.budget import Budget
 from addlang.builders.endpoint import Endpoint
 from addlang.builders.prompt import SYSTEM
 from addlang.builders.protect import Protector
 from addlang.builders.translate import Translation, translate
-
-ROWS = [
-    {
-        "instruction": f"Explain to the class how step number {i} of the old recipe works, please.",
-        "input": "" if i % 2 else f"Run `step_{i}()` and then open https://example.org/{i} in your browser window.",
-        "output": f"First heat the oven to {150 + i} °C.\n- mix the flour\n- add the water and wait for a while",
-    }
-    for i in range(6)
-]
+from chatserver import ROWS, Job, Server
 
 
 @pytest.fixture
@@ -34,9 +21,6 @@ def rows_file(tmp_path: Path) -> Path:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return path
-
-
-Job = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
@@ -62,7 +46,3 @@ def job(rows_file: Path, tmp_path: Path) -> Job:
             return translate(translation, backend, used)
 
     return run
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from server import Server
 
 from addlang import cli, progress
+from chatserver import Server
 
 pytestmark = pytest.mark.usefixtures("offline")
 

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from server import SPANISH, Answer, Server, into
 
 from addlang.builders.budget import Budget, Prices
 from addlang.builders.protect import Protector
 from addlang.data.journal import Journal
 from addlang.errors import AddlangError
-from conftest import ROWS, Job, read
+from chatserver import ROWS, SPANISH, Answer, Job, Server, into, read
 from tinyrun import Killed, dying_at
 
 TEXTS = 8  # six instructions; with marks all inputs are the same, and so are all outputs

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 GERMAN = [
@@ -64,6 +65,15 @@ class Answer:
     usage: bool = True
 
 
+ROWS = [
+    {
+        "instruction": f"Explain to the class how step number {i} of the old recipe works, please.",
+        "input": "" if i % 2 else f"Run `step_{i}()` and then open https://example.org/{i} in your browser window.",
+        "output": f"First heat the oven to {150 + i} °C.\n- mix the flour\n- add the water and wait for a while",
+    }
+    for i in range(6)
+]
+Job = Callable[..., dict[str, Any]]
 Behaviour = Callable[[str, int, dict[str, Any]], Answer | None]  # (text, how often it was asked for before, request)
 
 
@@ -163,3 +173,7 @@ class Server:
         finally:
             httpd.shutdown()
             httpd.server_close()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
