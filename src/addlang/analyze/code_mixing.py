@@ -151,8 +151,12 @@ class CodeMixing(Analysis):
         most = max(found, key=lambda n: found[n]["CMI"] or 0.0)
         columns = list(METRICS)
         return Result(
-            sentence=f"Most mixed: {most}, with a mean CMI of {found[most]['CMI'] or 0.0:.1f} "
-            f"and {found[most]['mixed_rows']:.0%} of its rows in more than one language.",
+            sentence=(
+                f"Most mixed: {most}, with a mean CMI of {found[most]['CMI']:.1f} and {found[most]['mixed_rows']:.0%} of its "
+                "rows in more than one language."
+                if found[most]["CMI"]
+                else "No row is in more than one language, as far as the tags can tell."
+            ),
             columns=["set", "rows", "mixed rows", *columns],
             rows=[
                 [

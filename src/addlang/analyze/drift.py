@@ -73,7 +73,8 @@ class Drift(Analysis):
     norm: Literal["spectral", "frobenius"] = Field("spectral", description="norm of the figure; both are in the data")
     relative: bool = Field(True, description="figure: as a share of the reference's covariance")
     center: Literal["prompts", "across_layers"] = Field(
-        "prompts", description="prompts: a covariance per layer; across_layers: the paper's text, one covariance per model"
+        "prompts",
+        description="prompts: a covariance per layer; across_layers: the paper's text, one covariance per model",
     )
     prompts: str | None = Field(None, description="file of prompts such as MT-Bench; default: built-in English ones")
     limit: int | None = Field(None, gt=1, description="prompts used")

@@ -92,7 +92,7 @@ def build_suite(
     if evaluation.source_datasets:
         texts.append(("text", "source", source_language, labelled_texts(evaluation.source_datasets, base_dir)))
     elif english:
-        texts.append(("built-in text", "source", source_language, _builtin_texts()))
+        texts.append(("built-in text", "source", source_language, builtin_texts()))
     else:
         reason = f"there is no built-in text in '{source_language}'; give some under evaluation.source_datasets"
         not_run.append(NotRun(f"text ({source_language})", reason))
@@ -223,7 +223,7 @@ def _measured(function: Callable[..., Measurement], items: Any, **settings: Any)
     return run
 
 
-def _builtin_texts() -> list[tuple[str, str]]:
+def builtin_texts() -> list[tuple[str, str]]:
     from addlang.data.builtin_sets import builtin
 
     lines = builtin("source_en").read_text(encoding="utf-8").splitlines()

@@ -148,14 +148,12 @@ def audit_model(flight: Preflight, _so_far: dict[str, Any]) -> dict[str, Any]:
     """Bits per byte, task scores and replies of the source model; how its tokenizer fits both languages."""
     import torch
 
-    from addlang.data.prepare import cache_root
-    from addlang.evaluate.suite import _builtin_texts, build_suite, cached_evaluate
+    from addlang.data.prepare import cache_root, labelled_texts
+    from addlang.evaluate.suite import build_suite, builtin_texts, cached_evaluate
     from addlang.models import Checkpoint, load_model
     from addlang.preflight.tokens import fit_of
 
     recipe = flight.recipe
-    from addlang.data.prepare import labelled_texts
-
     heldout = labelled_texts(recipe.evaluation.target_datasets, flight.base_dir) or list(flight.data.heldout)
     suite = build_suite(
         recipe.evaluation,
@@ -171,7 +169,7 @@ def audit_model(flight: Preflight, _so_far: dict[str, Any]) -> dict[str, Any]:
     )
     stored = Checkpoint(flight.source)
     outcome = cached_evaluate(model, stored.hash, suite, cache_root() / "evaluations")
-    english = labelled_texts(recipe.evaluation.source_datasets, flight.base_dir) or _builtin_texts()
+    english = labelled_texts(recipe.evaluation.source_datasets, flight.base_dir) or builtin_texts()
     fits = {
         "target": fit_of(flight.tokenizer, [t for _, t in heldout[:AUDIT_TEXTS]]).describe(),
         "source": fit_of(flight.tokenizer, [t for _, t in english[:AUDIT_TEXTS]]).describe(),
@@ -350,7 +348,7 @@ def target_text(flight: Preflight) -> Watched:
     texts = labelled_texts(specs, flight.base_dir) if specs else list(flight.data.heldout)
     rows = []
     for _, text in texts[:TARGET_TEXTS]:
-        ids = list(flight.tokenizer(text)["input_ids"])[: flight.phase.sequence_length]
+        ids = list(flight.tokenizer(text, verbose=False)["input_ids"])[: flight.phase.sequence_length]
         if len(ids) > 1:
             rows.append((ids, [1] * len(ids)))
     if not rows:

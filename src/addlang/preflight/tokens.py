@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from addlang.data.similar import UNSPACED
+
+_UNSPACED = re.compile(f"[{UNSPACED}]")
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -35,8 +38,6 @@ class Fit:
 
 def fit_of(tokenizer: Any, texts: Sequence[str]) -> Fit:
     """Measure a tokenizer on some text, without special tokens."""
-    from addlang.evaluate.replies import _UNSPACED
-
     pieces = vocabulary_bytes(tokenizer)
     tokens = words = characters = size = broken = unknown = unspaced = 0
     for text in texts:

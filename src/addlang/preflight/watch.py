@@ -88,7 +88,7 @@ def watched(
             if row.messages is not None and getattr(tokenizer, "chat_template", None):
                 ids, loss = encode_conversation(row.messages, tokenizer, loss_on="responses")
             else:
-                ids = list(tokenizer(row.content)["input_ids"])
+                ids = list(tokenizer(row.content, verbose=False)["input_ids"])
                 loss = [1] * len(ids)
             ids, loss = ids[:sequence_length], loss[:sequence_length]
             if any(loss[1:]):
