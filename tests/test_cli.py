@@ -172,6 +172,13 @@ def test_adapt_and_the_recipe_it_writes_down_are_the_same_run(addlang: Addlang, 
     assert again["phases"][0]["tokens"] == 1536
 
 
+def test_epochs_take_the_place_of_the_labs_default_budget(addlang: Addlang, world: World, tmp_path: Path) -> None:
+    arguments = ("lab", world.text, "--language", "sw", "--output_dir", tmp_path / "out", "--dry-run", "--json")
+    (phase,) = addlang("adapt", *arguments, "--epochs", 2).json["phases"]
+    assert (phase["epochs"], phase["tokens"]) == (2, None)
+    assert addlang("adapt", *arguments).json["phases"][0]["tokens"] == 300 * 512
+
+
 def test_several_texts_with_weights_and_replay_share_the_budget(addlang: Addlang, world: World, tmp_path: Path) -> None:
     arguments = [*options(world, tmp_path / "out"), world.more, "--weight", 3, "--weight", 1, "--replay", world.english]
     data = addlang("adapt", *arguments, "--replay_share", 0.2, "--dry-run", "--json").json["phases"][0]["datasets"]

@@ -62,7 +62,8 @@ def adapt_recipe(
     }  # fmt: skip
     if model == "lab":
         data.update(LAB_DEFAULTS)
-        data["tokens"] = tokens if tokens is not None else LAB_TOKENS
+        if tokens is None and not any(key == "epochs" for key, _ in extra):
+            data["tokens"] = LAB_TOKENS
         data["evaluation"] = {"tasks": ["lab"], "sequence_length": 128}
         if calibration is None:
             calibration = lab_calibration()
