@@ -190,21 +190,17 @@ def check_promises(run: RunDir, base_dir: Path | None) -> None:
         AddlangError: a row of an earlier phase stands in a phase that may not have it; names both places.
     """
     phases = run.recipe.phases
-    kept: dict[str, dict[str, Any]] = {}
+    kept: dict[str, dict[str, Any]] = dict(run.state.get("promises", {}))
     for number, phase in enumerate(phases):
-        about: dict[str, Any] = {}
+        about = dict(kept.get(phase.name, {}))
         if phase.no_previous_weights:  # the recipe is not valid otherwise
             about["weights"] = {"strategy": phase.strategy.name, "guards": [g.name for g in phase.all_guards]}
-        if phase.no_previous_data and not run.done(f"promises:{phase.name}"):
+        if phase.no_previous_data and "data" not in about:
             about["data"] = check_rows(phases[:number], phase, base_dir)
         if about:
             kept[phase.name] = about
     if kept:
-        old = run.state.get("promises", {})
-        merged = {name: {**old.get(name, {}), **about} for name, about in kept.items()}
-        run.update(promises={**old, **merged})
-        for name in kept:
-            run.finish(f"promises:{name}")
+        run.update(promises=kept)
 
 
 def check_rows(earlier: Sequence[Phase], phase: Phase, base_dir: Path | None) -> dict[str, Any]:

@@ -69,7 +69,11 @@ def plan_run(
             "form": form_of(plan, phase, splittable=refused is None),
             "shards": 1 if phase.sharding == "ddp" else devices,
         }
-        steps = data.sequences // data.batch_size
+        steps, tokens, notes = data.sequences // data.batch_size, data.card["tokens"], list(data.card["notes"])
+        if data.pool is not None:
+            longer = 1 + data.pool.replay.share if data.pool.replay.mode == "append" else 1.0
+            steps, tokens = math.ceil(steps * longer), round(tokens * longer)
+            notes.append(f"{data.pool.replay.share:.0%} replay is still to be written by the model before this phase")
         master = 4 if phase.master_weights == "fp32" else stored.dtype.itemsize
         memory = estimate(config, kept, phase, micro=micro, **about)
         seconds = None
@@ -86,12 +90,12 @@ def plan_run(
                 "trainable": kept.trainable_count + besides,
                 "trainable_fraction": (kept.trainable_count + besides) / plan.numel,
                 "groups": [{"group": g, "elements": n, "frozen": f} for g, (n, f) in groups.items()],
-                "tokens": data.card["tokens"],
+                "tokens": tokens,
                 "steps": steps,
                 "batch_size": data.batch_size,
                 "micro_batch": micro,
                 "sources": data.card["sources"],
-                "notes": data.card["notes"],
+                "notes": notes,
                 "memory": memory,
                 "gpu": None if gpu is None else fit_gpu(config, model, kept, phase, micro, about, gpu * GIB * USABLE),
                 "seconds": seconds,

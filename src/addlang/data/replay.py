@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from addlang.schema import Phase, Replay
 
 VERSION = 1
-FIRST = 256  # rows that are looked at before it is known how long they are
+FIRST = 256  # rows that are fetched at first, and then four times as many each time
 CERTAIN = 0.4  # probability of py3langid, over 140 languages
 ENOUGH = 0.9  # of the buffer; with less there is a warning
 
@@ -57,7 +57,7 @@ class Pool:
         self._order: list[tuple[int, int, int]] | None = None
 
     def ordered(self) -> Iterator[Row]:
-        """Every row once, in the order of the hashes; the sources are read again for every doubling of the number."""
+        """Every row once, in the order of the hashes; the sources are read again whenever more are wanted."""
         if self._order is None:
             self._order = sorted(
                 (content_hash(normalise(row.content), self.replay.seed), source, number)
@@ -80,7 +80,7 @@ class Pool:
                     seen.add(identity)
                     yield found[source, place]
             done += len(block)
-            number *= 2
+            number *= 4
 
 
 class Buffer:
