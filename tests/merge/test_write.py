@@ -198,6 +198,21 @@ def test_a_broken_model_is_named_and_nothing_is_written(models: Path, tmp_path: 
     assert sorted(os.listdir(tmp_path)) == ["broken"]
 
 
+def test_a_merged_model_is_never_overwritten_by_the_result(models: Path, tmp_path: Path) -> None:
+    merge_models(revert(models, scale=0.5), tmp_path / "half")
+    with pytest.raises(AddlangError, match="that is merged"):
+        merge_models(linear(tmp_path / "half", models / TUNED), tmp_path / "half", overwrite=True)
+
+
+def test_quantised_weights_are_refused(models: Path, tmp_path: Path) -> None:
+    small = save_model(tmp_path / "small")
+    found = load_file(small / "model.safetensors")
+    found["model.layers.0.mlp.up_proj.weight"] = found["model.layers.0.mlp.up_proj.weight"].to(torch.float8_e4m3fn)
+    save_file(found, small / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(AddlangError, match=r"up_proj.weight' of .* is of type F8_E4M3"):
+        merge_models(linear(small, models / TUNED), tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

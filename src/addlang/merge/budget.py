@@ -17,7 +17,7 @@ from addlang.evaluate.measurement import Measurement
 from addlang.merge.kept import Items, Kept, items_for, items_to_exclude, share_kept, watched
 from addlang.merge.methods import Revert, RevertParameters
 from addlang.merge.search import Family, confirmed, family_of, grid, ladder, largest
-from addlang.report.verdict import BITS, abilities
+from addlang.report.verdict import abilities, of_text
 
 if TYPE_CHECKING:
     from addlang.evaluate.suite import Suite
@@ -58,7 +58,7 @@ class Search:
     steps: int = 20
     watch: Sequence[str] = ()
     resamples: int = 2000
-    progress: Callable[[int], None] = lambda done: None
+    progress: Callable[[float], None] = lambda done: None
     points: list[Point] = field(default_factory=list)
     looked: int = 0
 
@@ -114,7 +114,7 @@ class Search:
     def _gain(self, after: Sequence[Measurement]) -> float | None:
         """Mean relative gain in the target language: of its text's bits per byte, or of abilities where there is no text."""
         target = [m for m in self.source if m.role == "target" and m.value != 0]
-        chosen = [m for m in target if m.metric == BITS] or list(abilities(target))
+        chosen = of_text(target) or abilities(target)
         found = {m.key: m.value for m in after}
         changes = [(found[m.key] - m.value) / m.value * (1 if m.higher_is_better else -1) for m in chosen]
         return math.fsum(changes) / len(changes) if changes else None

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from addlang.merge.budget_report import as_markdown
 from addlang.report.card import escape, is_hub_id
 
 
@@ -23,7 +24,7 @@ def merge_card(record: Mapping[str, Any]) -> str:
         + "\n".join(f"| {escape(m['model'])} | {m['hash']} |" for m in record["models"]),
         "## Recipe\n\n" + _indented(yaml.safe_dump(spec, sort_keys=False, allow_unicode=True)),
         *_decided(record),
-        *([str(record["report"])] if record.get("report") else []),
+        *([as_markdown(record["budget"])] if "budget" in record else []),
         "## Check it yourself\n\n    addlang verify DIRECTORY\n    addlang merge DIRECTORY/merge.yaml --output_dir NEW\n\n"
         "The first computes the merge again and compares every bit; the second repeats it.",
         "## Limits\n\n- A merge is not measured by being made: what it kept and gained must be evaluated (`addlang evaluate`).\n"

@@ -12,7 +12,7 @@ from typing import Literal
 from addlang.errors import AddlangError
 from addlang.evaluate.measurement import Measurement, cluster_key
 from addlang.evaluate.statistics import retention
-from addlang.report.verdict import BITS, abilities
+from addlang.report.verdict import abilities, of_text
 
 Items = Literal["all", "choose", "confirm"]  # the latter two are the halves
 
@@ -41,7 +41,7 @@ def watched(measurements: Sequence[Measurement], names: Sequence[str] = ()) -> l
             per-item values.
     """
     source = [m for m in measurements if m.role == "source"]
-    chosen = list(abilities(source)) or [m for m in source if m.metric == BITS]
+    chosen = abilities(source) or of_text(source)
     if names:
         chosen = [m for m in source if any(m.task.startswith(name) for name in names)]
         if lost := [n for n in names if not any(m.task.startswith(n) for m in source)]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BLOCK = 1 << 20  # elements of one tensor that are held at once (4 MiB in fp32), of each model
+SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # bytes of an element, by the type's name in safetensors
 MUST_AGREE = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "tie_word_embeddings")
 MAY_DIFFER = {
     "_name_or_path", "architectures", "attention_dropout", "bos_token_id", "dtype", "embd_pdrop", "eos_token_id",
@@ -42,6 +43,12 @@ class Source:
         self.name = name
         self.directory = directory or find(name)
         self.checkpoint = Checkpoint(self.directory)
+        for tensor, (kind, _) in self.checkpoint.header.items():
+            if kind not in SIZES:
+                raise AddlangError(
+                    f"'{tensor}' of {self.directory} is of type {kind}, which cannot be merged",
+                    "use an unquantised checkpoint",
+                )
         self.layout: Layout = layout_of(self.directory)
         self.stored = {p: s for s, p in stored_names(self.checkpoint, self.layout).items()}
         self.rows: Tensor | None = None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 
 from addlang.errors import AddlangError, did_you_mean
 from addlang.merge.budget import By, Search, find, parts_of
-from addlang.merge.budget_report import as_markdown, summary
+from addlang.merge.budget_report import summary
 from addlang.merge.methods import Revert
 from addlang.merge.run_source import recipe_of_run, source_of_run
 from addlang.merge.write import Merging, check_output, complete_or_absent, open_models, write_result
@@ -58,10 +58,9 @@ def revert_to_budget(
         BudgetError: no share is shown to keep that much.
         AddlangError: bad input, or an evaluation that could show nothing.
     """
-    import torch
-
     from addlang.merge.bench import Bench
     from addlang.progress import progress
+    from addlang.run import prepare_device
 
     if not 0 < keep < 1:
         raise AddlangError(f"--keep {keep:g} is no share", "give a number between 0 and 1, such as 0.97")
@@ -70,12 +69,17 @@ def revert_to_budget(
     parts = cast(By, by)
     check_output(out, overwrite)
     spec = Revert(model=model, source_model=source or source_of_run(Path(model)))
-    models = open_models(spec)
+    try:
+        models = open_models(spec)
+    except AddlangError as error:
+        if error.fix is None or "--tokenizer" not in error.fix:
+            raise
+        fix = "scale it back with 'addlang merge revert ... --tokenizer union' and measure the result with 'addlang evaluate'"
+        raise AddlangError(error.message, fix) from error
     norms = parts_of(models, spec, parts)
     recipe = evaluation_of(model, spec.source_model, wanted or Wanted())
     suite = suite_of(recipe, models, spec)
-    device = torch.device("cuda" if recipe.device != "cpu" and torch.cuda.is_available() else "cpu")
-    bench = Bench(spec, models, device)
+    bench = Bench(spec, models, prepare_device(recipe))
     with progress(f"searching for the largest share that keeps {keep:g}", unit="models") as bar:
         search = Search(
             bench,
@@ -85,13 +89,13 @@ def revert_to_budget(
             steps=steps,
             watch=watch,
             resamples=recipe.evaluation.resamples,
-            progress=lambda done: bar.update(done),
+            progress=bar.update,
         )
         result = find(search, norms)
     chosen = spec.model_copy(update={"parameters": result.parameters})
     budget = summary(result, search)
     with complete_or_absent(out) as directory:
-        return write_result(Merging(chosen, models), directory, budget=budget, report=as_markdown(budget))
+        return write_result(Merging(chosen, models), directory, budget=budget)
 
 
 def evaluation_of(model: str, source: str, wanted: Wanted) -> Recipe:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from addlang.errors import AddlangError, AddlangWarning
 from addlang.export import copy_small_files, write_json, write_text
 from addlang.merge.methods import Merge
-from addlang.merge.sources import Models, Part, Source
+from addlang.merge.sources import SIZES, Models, Part, Source
 from addlang.merge.vocabulary import special_tokens
 from addlang.models import Checkpoint
 
@@ -30,12 +30,11 @@ FORMAT = 1
 RECORD = "merge.json"
 RECIPE = "merge.yaml"
 INDEX = "model.safetensors.index.json"
-SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 class Merging:
-    """A merge whose models are open: gives the result's tensors, in blocks or whole.
+    """A merge whose models are open: gives the result's tensors in blocks.
 
     Args:
         models: opened already, when several merges of the same models are made.
@@ -72,11 +71,6 @@ class Merging:
         """
         parameter = self.parameter(stored)
         kind = self.dtype(stored)
-        if kind not in SIZES:
-            raise AddlangError(
-                f"'{stored}' of {self.stated.directory} is of type {kind}, which cannot be merged",
-                "use an unquantised checkpoint",
-            )
         part = self.models.part(parameter, seed=self.spec.seed, counts=self.counts)
         rows = self.restored if parameter in (self.models.layout.embedding, self.models.layout.head) else {}
         for (start, stop), block in zip(part.ranges(), self.started.merge(part), strict=True):
@@ -89,12 +83,6 @@ class Merging:
                     "check the models, the weights, and dtype float16's range",
                 )
             yield out
-
-    def tensor(self, stored: str) -> Tensor:
-        """The whole tensor."""
-        import torch
-
-        return torch.cat(list(self.blocks(stored)))
 
     def _restored_rows(self) -> dict[int, int]:
         """Row of the result -> row of the model whose special tokens are restored."""
@@ -156,6 +144,10 @@ def merge_models(spec: Merge, out: Path, *, overwrite: bool = False) -> dict[str
     """
     check_output(out, overwrite)
     merging = Merging(spec)
+    if out.resolve() in (used := {s.directory.resolve(): n for n, s in merging.models.sources.items()}):
+        raise AddlangError(
+            f"'{out}' is the model '{used[out.resolve()]}' that is merged", "choose another --output_dir"
+        )
     with complete_or_absent(out) as directory:
         return write_result(merging, directory)
 

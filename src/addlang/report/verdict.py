@@ -83,7 +83,7 @@ def abilities(rows: Sequence[M]) -> list[M]:
     return [r for r in rows if r.metric not in BITS and not about_replies(r)]
 
 
-def of_text(rows: Sequence[Comparison]) -> list[Comparison]:
+def of_text(rows: Sequence[M]) -> list[M]:
     """Rows of bits per byte: of answers where conversations were measured, else of text."""
     return next((found for metric in BITS if (found := [r for r in rows if r.metric == metric])), [])
 
