@@ -19,7 +19,7 @@ from typing import Any
 SEEDS = (0, 1, 2)
 ARMS = ("full-0.0015", "full-0.0008", "ssu-0.002")
 SHARES = tuple(k / 10 for k in range(11))
-SHOWN = (0.2, 0.4, 0.6, 0.8, 1.0)
+KEEP = 0.8
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 
@@ -147,9 +147,8 @@ def main() -> None:
         for label, spec in mixtures(run, runs / f"ssu-0.002-s{seed}").items():
             add(label, merged(spec, seed, args.out))
         add("SSU, lr 2e-3, scaled by 0.8", merged(_scaled(runs / f"ssu-0.002-s{seed}", 0.8), seed, args.out))
-        for keep in (0.9, 0.8):
-            for by in ("overall", "module", "layer"):
-                add(f"revert-to-budget --keep {keep} --by {by}", to_budget(run, seed, keep, by, args.out))
+        for by in ("overall", "module", "layer"):
+            add(f"revert-to-budget --keep {KEEP} --by {by}", to_budget(run, seed, KEEP, by, args.out))
         print(f"seed {seed}: measured", flush=True)
     table = {label: _summary(found, curves) for label, found in rows.items()}
     print(_markdown(table))

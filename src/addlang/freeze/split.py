@@ -173,7 +173,7 @@ class SplitAttached(Attached):
 
 def _shared_columns(plan: FreezePlan) -> dict[str, str]:
     """Weight -> the first of the weights with the same input, where all of these freeze the same columns of it."""
-    found = {}
+    found: dict[str, str] = {}
     for leaves in SAME_INPUT:
         for name in plan:
             if not name.endswith(f".{leaves[0]}.weight"):

@@ -70,7 +70,14 @@ METHODS: dict[str, tuple[str, dict[str, Any], bool]] = {
 }
 GUARDS: dict[str, list[dict[str, Any]]] = {"ewc": [OWN_WORDS]}
 # Full fine-tuning's rates span the target gain of the other arms, so that each can be compared with it at equal gain.
-RATES = {"full": (8e-4, 1.5e-3), "ssu": (2e-3,), "random": (2e-3,), "replay": (1.5e-3,), "anchor": (2.5e-3,), "ewc": (2e-3,)}
+RATES = {
+    "full": (8e-4, 1.5e-3),
+    "ssu": (2e-3,),
+    "random": (2e-3,),
+    "replay": (1.5e-3,),
+    "anchor": (2.5e-3,),
+    "ewc": (2e-3,),
+}
 FULL_RATES = {
     "full": (4e-4, 8e-4, 1.5e-3, 2.5e-3),
     "ssu": (1e-3, 2e-3, 3e-3),
