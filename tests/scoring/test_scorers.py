@@ -242,7 +242,9 @@ def test_scores_do_not_depend_on_how_sequences_fall_into_batches(scorer: str) ->
     for name in exact:
         want = exact[name]
         for found in (one[name], other[name]):
-            assert torch.allclose(found.double() / found.double().norm(), want / want.norm(), rtol=2e-3, atol=1e-6), name
+            assert torch.allclose(found.double() / found.double().norm(), want / want.norm(), rtol=2e-3, atol=1e-6), (
+                name
+            )
 
 
 def test_wanda_of_several_batches_equals_a_direct_computation() -> None:

@@ -220,8 +220,6 @@ def test_other_errors_pass_through() -> None:
     attached = attach()
     with (
         pytest.raises(RuntimeError, match="a bug"),
-        explain_out_of_memory(
-            attached.model, attached.plan, phase(), micro=2, device=CPU, stored=torch.bfloat16
-        ),
+        explain_out_of_memory(attached.model, attached.plan, phase(), micro=2, device=CPU, stored=torch.bfloat16),
     ):
         raise RuntimeError("a bug")
