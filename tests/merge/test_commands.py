@@ -106,6 +106,8 @@ def test_a_file_of_mergekit_is_carried_out(here: Path, addlang: Addlang) -> None
     assert "TIES" in done.out
     command = addlang("merge", "ties", A, "--base", C, "--weight", 1, "--density", 0.5, "--output_dir", "own", "--json")
     assert command.json["hash"] == Checkpoint(here / "out").hash
+    other = addlang("merge", "merge.yml", "--restore_special_tokens", C, "--output_dir", "restored", "--json")
+    assert other.json["restored_rows"] == 6
 
 
 def test_a_tampered_merge_fails_to_verify_with_code_4(here: Path, addlang: Addlang) -> None:

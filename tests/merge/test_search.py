@@ -131,7 +131,7 @@ def losing(n: int, u: float, rng: np.random.Generator) -> tuple[np.ndarray, np.n
 
 def test_the_chosen_share_keeps_too_little_no_oftener_than_one_test_errs() -> None:
     """0.895 is truly kept from u = 0.55 on, so 0.9 allows u = 0.5. Taking the largest that passes errs far oftener."""
-    trials, errors, naive = 100, 0, 0
+    trials, errors, naive = 60, 0, 0
     for trial in range(trials):
         rng = np.random.default_rng(trial)
         found = {}
@@ -140,5 +140,5 @@ def test_the_chosen_share_keeps_too_little_no_oftener_than_one_test_errs() -> No
             found[u] = share_kept([measurement(before)], [measurement(after)], "all", resamples=200).low >= 0.9
         errors += (confirmed(grid(20), found.__getitem__) or 0) > 0.5
         naive += max((u for u, passes in found.items() if passes), default=0.0) > 0.5
-    assert errors <= 5
-    assert naive >= 10
+    assert errors <= 4
+    assert naive >= 6

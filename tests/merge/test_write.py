@@ -93,7 +93,7 @@ def test_small_blocks_give_the_same_bits_and_bound_what_is_held(
     for name, spec in specs.items():
         if name != "ties":  # whose draw among equal magnitudes goes block by block
             merge_models(spec, tmp_path / name)
-    block, read = 300, []
+    block, read = 800, []
     rows = Checkpoint.rows
 
     def watched(self: Checkpoint, name: str, start: int, stop: int) -> torch.Tensor:
@@ -108,7 +108,7 @@ def test_small_blocks_give_the_same_bits_and_bound_what_is_held(
     for name, spec in specs.items():
         merge_models(spec, tmp_path / f"{name}-small")
     assert max(read) <= block
-    assert max(t.numel() for t in tensors(models / SOURCE).values()) > 30 * block
+    assert max(t.numel() for t in tensors(models / SOURCE).values()) > 10 * block
     for name in ("slerp", "dare"):
         found, wanted = tensors(tmp_path / f"{name}-small"), tensors(tmp_path / name)
         assert all(torch.equal(found[n], wanted[n]) for n in wanted)

@@ -66,14 +66,14 @@ Restore = Annotated[
 def merge_file(
     file: Annotated[Path, typer.Argument(help="Merge file; mergekit's form is understood.")],
     output_dir: Output,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-) -> None:
-    """Carry out a merge FILE (the word 'file' may be left out)."""
+    config_from: ConfigFrom = None, tokenizer: Tokenizer = None, restore: Restore = None,
+    overwrite: Overwrite = False, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Carry out a merge FILE (the word 'file' may be left out). Options replace what the file says."""
     from addlang.merge.spec import load
 
     quiet(as_json)
-    _carry_out(load(file), output_dir, overwrite, as_json)
+    _carry_out(load(file, _everywhere(config_from, tokenizer, restore)), output_dir, overwrite, as_json)
 
 
 @merge_app.command("linear")
@@ -316,9 +316,17 @@ def _merge(
     from addlang.merge.spec import parse
 
     quiet(as_json)
-    everywhere = {"config_from": config_from, "tokenizer_source": tokenizer, "restore_special_tokens": restore}
-    spec = parse({"merge_method": method, **data, **everywhere}, where=f"addlang merge {method.replace('_', '-')}")
+    spec = parse(
+        {"merge_method": method, **data, **_everywhere(config_from, tokenizer, restore)},
+        where=f"addlang merge {method.replace('_', '-')}",
+    )
     _carry_out(spec, output_dir, overwrite, as_json)
+
+
+def _everywhere(config_from: str | None, tokenizer: str | None, restore: str | None) -> dict[str, str]:
+    """Keys of every merge that were given as options."""
+    given = {"config_from": config_from, "tokenizer_source": tokenizer, "restore_special_tokens": restore}
+    return {k: v for k, v in given.items() if v is not None}
 
 
 def _carry_out(spec: Any, output_dir: str, overwrite: bool, as_json: bool) -> None:

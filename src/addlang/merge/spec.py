@@ -24,14 +24,17 @@ HINTS = {
 }
 
 
-def load(path: str | os.PathLike[str]) -> Merge:
+def load(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> Merge:
     """Read a merge file.
+
+    Args:
+        overrides: keys that replace those of the file.
 
     Raises:
         AddlangError: every problem of the file at once, each with its key.
     """
     data = strictyaml.read_mapping(path, "merge file")
-    return parse(data, where=str(path))
+    return parse({**data, **(overrides or {})}, where=str(path))
 
 
 def parse(data: Mapping[str, Any], where: str = "merge") -> Merge:
