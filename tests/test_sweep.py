@@ -61,3 +61,41 @@ def test_a_finished_run_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.Mo
     another = {"status": "finished", "fingerprint": "of another recipe", "stages": {}}
     write_json(tmp_path / "out" / "state.json", another)
     assert run_one(data, "x") == str(tmp_path / "executed")
+
+
+def wait_forever(data: dict[str, Any], where: str, base_dir: Path | None) -> str:
+    import time
+
+    Path(data["output_dir"]).write_text(str(os.getpid()), encoding="utf-8")
+    time.sleep(600)
+    return ""
+
+
+def test_workers_end_when_the_sweep_is_killed(tmp_path: Path) -> None:
+    import multiprocessing
+    import signal
+    import time
+
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=sweep_forever, args=(tmp_path,))
+    process.start()
+    mark = tmp_path / "pid"
+    deadline = time.monotonic() + 90
+    while not (mark.is_file() and mark.read_text(encoding="utf-8")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    worker = int(mark.read_text(encoding="utf-8"))
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    while time.monotonic() < deadline:
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.2)
+    raise AssertionError("the worker outlived the sweep")
+
+
+def sweep_forever(folder: Path) -> None:
+    todo = [("only", {"output_dir": str(folder / "pid")})]
+    list(sweep(todo, workers=1, threads=1, cache=folder / "cache", work=wait_forever))

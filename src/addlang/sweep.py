@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
@@ -86,6 +88,7 @@ def devices() -> list[str]:
 
 def start_worker(threads: int, cache: str, gpus: Any = None) -> None:
     """Settings of a process of the pool."""
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     if gpus is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
     os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -97,6 +100,13 @@ def start_worker(threads: int, cache: str, gpus: Any = None) -> None:
     import torch
 
     torch.set_num_threads(threads)
+
+
+def end_with(parent: int) -> None:
+    """End this process, whose run can be continued, when the one that started it is no more."""
+    while os.getppid() == parent:
+        time.sleep(2)
+    os._exit(75)
 
 
 def run_one(data: dict[str, Any], where: str, base_dir: Path | None = None) -> str:
