@@ -11,6 +11,7 @@ from addlang.report.files import RunData
 _SHOWN = {"strategy", "name", "paper", "summary", "trainable_fraction", "calibration", "seed"}
 _TRAINING = {
     "tokens": "",
+    "epochs": " (passes over the data)",
     "sequence_length": " tokens",
     "batch_size": " sequences",
     "learning_rate": "",
