@@ -183,6 +183,20 @@ def load_model(
     return model
 
 
+def weights_at_hand(directory: Path) -> bool:
+    """Whether a model directory has weights at all; False: configuration and tokenizer can be read, and nothing more."""
+    return any(any(directory.glob(pattern)) for pattern in ("*.safetensors", "*.safetensors.index.json", "*.bin"))
+
+
+def stored_dtype(directory: Path, config: Any) -> torch.dtype:
+    """Type that the weights are stored in; what the configuration says where they are not at hand."""
+    import torch
+
+    return (
+        Checkpoint(directory).dtype if weights_at_hand(directory) else getattr(config, "dtype", None) or torch.float32
+    )
+
+
 def _require_every_weight(model: Any, loading: Mapping[str, Any], checkpoint: Checkpoint) -> None:
     """transformers draws at random what a checkpoint lacks, and reads integers as if they were weights."""
     if missing := sorted(loading["missing_keys"]):

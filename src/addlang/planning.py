@@ -31,7 +31,7 @@ def plan_run(
 
     from addlang.data.prepare import prepare
     from addlang.freeze.split import why_not_split
-    from addlang.models import Checkpoint, load_tokenizer, parameter_kinds, resolve
+    from addlang.models import load_tokenizer, parameter_kinds, resolve, stored_dtype, weights_at_hand
     from addlang.run import describe, prepare_device
     from addlang.train.loop import compute_dtype
     from addlang.train.memory import GIB, USABLE, estimate, form_of, optimizer_bytes
@@ -40,13 +40,13 @@ def plan_run(
 
     source = resolve(recipe.model_name_or_path, recipe.revision)
     tokenizer = load_tokenizer(source, recipe.template_path(base_dir))
-    stored = Checkpoint(source)
     here = prepare_device(recipe)
     device = here if gpu is None else torch.device("cuda")
     config = AutoConfig.from_pretrained(str(source), trust_remote_code=False)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     model.tie_weights()
+    stored = stored_dtype(source, config)
     kinds = parameter_kinds(model)
     phases = []
     for phase in recipe.phases:
@@ -55,7 +55,7 @@ def plan_run(
         micro = micro_batch(phase, data.batch_size, device.type, devices)
         refused = why_not_split(model, plan)
         masked = phase.execution == "masked" or refused is not None
-        dtype = compute_dtype(phase, device) or stored.dtype
+        dtype = compute_dtype(phase, device) or stored
         groups: dict[str, list[int]] = {}
         for name, entry in plan.entries.items():
             row = groups.setdefault(kinds[name].group, [0, 0])
@@ -64,17 +64,21 @@ def plan_run(
         kept, besides = phase.strategy.footprint(model, plan)
         about: dict[str, Any] = {
             "besides": besides,
-            "stored_bytes": stored.dtype.itemsize,
+            "stored_bytes": stored.itemsize,
             "compute_bytes": dtype.itemsize,
             "form": form_of(plan, phase, splittable=refused is None),
             "shards": 1 if phase.sharding == "ddp" else devices,
         }
         steps, tokens, notes = data.sequences // data.batch_size, data.card["tokens"], list(data.card["notes"])
+        if not weights_at_hand(source):
+            notes.append(
+                f"{source} has no weights: their type ({str(stored).removeprefix('torch.')}) is the configuration's"
+            )
         if data.pool is not None:
             longer = 1 + data.pool.replay.share if data.pool.replay.mode == "append" else 1.0
             steps, tokens = math.ceil(steps * longer), round(tokens * longer)
             notes.append(f"{data.pool.replay.share:.0%} replay is still to be written by the model before this phase")
-        master = 4 if phase.master_weights == "fp32" else stored.dtype.itemsize
+        master = 4 if phase.master_weights == "fp32" else stored.itemsize
         memory = estimate(config, kept, phase, micro=micro, **about)
         seconds = None
         if probe:
@@ -102,7 +106,7 @@ def plan_run(
                 "checkpoint_bytes": round((kept.trainable_count + besides) * (master + optimizer_bytes(phase, master))),
             }
         )
-    weights = sum(math.prod(shape) for _, shape in stored.header.values()) * stored.dtype.itemsize
+    weights = sum(p.numel() for p in model.parameters()) * stored.itemsize
     disk = weights * len(recipe.phases) + max(
         (p["checkpoint_bytes"] * (ph.save_total_limit + 1) for p, ph in zip(phases, recipe.phases, strict=True)),
         default=0,

@@ -444,8 +444,11 @@ def check_requirements(recipe: Recipe) -> None:
             import_peft(phase.strategy.name)
 
 
-def check_model(recipe: Recipe, source: Path, tokenizer: Any) -> None:
+def check_model(recipe: Recipe, source: Path, tokenizer: Any, *, weights: bool = True) -> None:
     """What the model's directory must offer: whole files, a long enough context, a chat template to score conversations.
+
+    Args:
+        weights: False: they are not at hand, and not needed.
 
     Raises:
         AddlangError: naming what is missing, torn or too short.
@@ -454,7 +457,8 @@ def check_model(recipe: Recipe, source: Path, tokenizer: Any) -> None:
     from addlang.evaluation import context_length
     from addlang.models import Checkpoint
 
-    Checkpoint(source)  # complete and whole, as its headers say
+    if weights:
+        Checkpoint(source)  # complete and whole, as its headers say
     longest = context_length(source)
     window = recipe.evaluation.sequence_length
     if window is not None and window > longest:
