@@ -182,6 +182,28 @@ def test_a_model_that_is_too_large_for_the_device_is_not_loaded(
     assert {a["question"].rsplit(" ", 1)[-1]: a["answer"] for a in result["answers"]}["memory?"] == "no"
 
 
+@pytest.mark.usefixtures("offline")
+def test_without_a_chat_template_what_needs_one_is_not_probed_and_the_rest_is(world: World, tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for file in Path(world.model).iterdir():
+        if file.name == "tokenizer_config.json":
+            config = json.loads(file.read_text(encoding="utf-8"))
+            config.pop("chat_template", None)
+            (plain / file.name).write_text(json.dumps(config), encoding="utf-8")
+        elif file.name != "chat_template.jinja":
+            (plain / file.name).symlink_to(file)
+    recipe = world.recipe(
+        tmp_path / "run", strategy="full", model_name_or_path=str(plain),
+        calibration={"datasets": [{"path": world.english, "role": "source"}], "sequences": 4, "sequence_length": 32},
+    )  # fmt: skip
+    settings = Settings(encoder=None, probe_steps=2, compare=(("self_anchor", {}), ("hft", {})))
+    result = preflight(recipe, settings)
+    assert [p["label"] for p in result["probes"]] == ["full", "hft"]
+    assert any("watched as plain text" in n for n in result["notes"])
+    assert any(n.startswith("self_anchor: not probed.") and "no chat template" in n for n in result["notes"])
+
+
 def card(**changes: object) -> dict[str, object]:
     return {"sources": [{"path": "x", "role": "target", "tokens": 1000, "epochs": 1.0, **changes}]}
 
@@ -250,6 +272,7 @@ def test_wrong_arguments_name_their_remedy(tmp_path: Path) -> None:
 
     assert "no DATA" in error("lab")
     assert "--language" in error("lab", "lab://sw")
+    assert "Did you mean 'full'" in error("lab", "lab://sw", "--language", "sw", "--compare", "ful")
     assert "NAME:KEY=VALUE" in error("lab", "lab://sw", "--language", "sw", "--compare", "ssu:ratio")
     (tmp_path / "folder").mkdir()
     assert "is a directory" in error("lab", "lab://sw", "--language", "sw", "--output", str(tmp_path / "folder"))

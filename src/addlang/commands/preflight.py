@@ -86,6 +86,7 @@ def _recipe(values: list[str], options: list[str], language: str | None, strateg
 def _strategy(word: str) -> tuple[str, dict[str, Any]]:
     """``ssu:ratio=0.75`` as a name with options."""
     from addlang.commands.common import parse_value
+    from addlang.strategies import make_strategy
 
     name, _, rest = word.partition(":")
     options: dict[str, Any] = {}
@@ -94,6 +95,7 @@ def _strategy(word: str) -> tuple[str, dict[str, Any]]:
         if not equals:
             raise AddlangError(f"--compare: '{word}' is no strategy with options", "write NAME:KEY=VALUE,KEY=VALUE")
         options[key] = parse_value(value)
+    make_strategy(name, options)  # an unknown one is an error before any work
     return name, options
 
 

@@ -155,6 +155,11 @@ def prepare_flight(recipe: Recipe, settings: Settings, base_dir: Path | None) ->
         sequence_length=min(WATCHED_TOKENS, context_length(source)), base_dir=base_dir,
     )  # fmt: skip
     flight = Preflight(recipe, phase, source, tokenizer, data, text, device, settings, base_dir)
+    if not getattr(tokenizer, "chat_template", None):
+        flight.notes.append(
+            "The tokenizer has no chat template, so source conversations are watched as plain text; the forecast was fitted "
+            "on answers in conversations, and how often its interval holds here is not known."
+        )
     if len(recipe.phases) > 1:
         flight.notes.append(
             f"Only the last of {len(recipe.phases)} phases is looked at, as if it started from the source model."
@@ -347,8 +352,12 @@ def probe_one(
 ) -> bool:  # fmt: skip
     """Probe one setting and append it; a setting that cannot be carried out is noted."""
     from addlang.preflight.probe import run_probe
+    from addlang.run import check_model, check_requirements
 
+    single = flight.recipe.model_copy(update={"phases": (phase,)})
     try:
+        check_requirements(single)
+        check_model(single, flight.source, flight.tokenizer)
         probe = run_probe(
             flight.recipe, phase, flight.source, flight.tokenizer, flight.data, flight.text, device=flight.device,
             steps=flight.settings.probe_steps, base_dir=flight.base_dir, target=target,
