@@ -130,7 +130,12 @@ def test_a_tampered_merge_fails_to_verify_with_code_4(here: Path, addlang: Addla
         (["dare-ties", A, "--base", C, "--output_dir", "out"], "density: missing"),
         (["linear", A, B, C, "--weight", 1, "--weight", 2, "--output_dir", "out"], "3 models but 2 values of --weight"),
         (["linear", A, "nosuch/model/x", "--output_dir", "out"], "does not exist"),
-        (["revert", A, "--output_dir", "out"], "name it with --source"),
+        (["revert", A, "--scale", 0.5, "--output_dir", "out"], "name it with --source"),
+        (["revert", A, "--source", C, "--output_dir", "out"], "nothing is put back"),
+        (
+            ["layer-swap", "--task", A, "--language", B, "--bottom", 0, "--top", 0, "--output_dir", "out"],
+            "swap no layer",
+        ),
         (["revert", A, "--source", C, "--module", "up_proj", "--output_dir", "out"], "is not NAME=FACTOR"),
         (["revert", A, "--source", C, "--module", "upproj=0", "--output_dir", "out"], "Did you mean 'up_proj'"),
         (["nosuch.yaml", "--output_dir", "out"], "merge file 'nosuch.yaml' does not exist"),

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny import make_model, make_tokenizer, save_model
 
 from addlang.errors import AddlangError, AddlangWarning
+from addlang.freeze.plan import FreezePlan, Frozen
 from addlang.merge import sources, write
 from addlang.merge.spec import load, parse
 from addlang.merge.verify import verify_merge
@@ -59,6 +60,35 @@ def test_the_ends_of_a_revert_are_the_two_models_bit_for_bit(models: Path, tmp_p
         found, wanted = weights(tmp_path / out), weights(models / same)
         assert found.keys() == wanted.keys()
         assert all(torch.equal(found[n], wanted[n]) for n in wanted)
+
+
+def test_what_a_plan_freezes_goes_back_and_the_rest_stays(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Columns, rows, elements and whole tensors, across the blocks in which a tensor is read."""
+    monkeypatch.setattr(sources, "BLOCK", 100)  # three rows at a time
+    shapes = {n: tuple(t.shape) for n, t in weights(models / SOURCE).items()}
+    mask = torch.rand(48, 32, generator=torch.Generator().manual_seed(0)) < 0.5
+    entries = {n: Frozen(shape, "none") for n, shape in shapes.items()}
+    layer = "model.layers.0.{}.weight"
+    own = {
+        layer.format("self_attn.q_proj"): Frozen((32, 32), "columns", torch.tensor([0, 5, 31])),
+        layer.format("self_attn.o_proj"): Frozen((32, 32), "rows", torch.tensor([3, 4])),
+        layer.format("mlp.up_proj"): Frozen((48, 32), "elements", mask),
+        layer.format("input_layernorm"): Frozen((32,), "all"),
+    }
+    FreezePlan({**entries, **own}, "").save(tmp_path / "plan.safetensors")
+    merge_models(revert(models, plan=str(tmp_path / "plan.safetensors")), tmp_path / "out")
+    out, source, tuned = (weights(d) for d in (tmp_path / "out", models / SOURCE, models / TUNED))
+    for name in shapes:
+        frozen = own[name].mask() if name in own else torch.zeros(shapes[name], dtype=torch.bool)
+        assert torch.equal(out[name], torch.where(frozen, source[name], tuned[name])), name
+    FreezePlan(entries, "").save(tmp_path / "none.safetensors")
+    with pytest.raises(AddlangError, match="freezes nothing"):
+        merge_models(revert(models, plan=str(tmp_path / "none.safetensors")), tmp_path / "no")
+    FreezePlan(own, "").save(tmp_path / "other.safetensors")
+    with pytest.raises(AddlangError, match="the plan is of another model"):
+        merge_models(revert(models, plan=str(tmp_path / "other.safetensors")), tmp_path / "no")
 
 
 def test_the_result_is_laid_out_like_the_stated_model_and_loads(models: Path, tmp_path: Path) -> None:

@@ -202,6 +202,8 @@ def revert(
     overwrite: Overwrite = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Keep a part of an update: w0 + m (w - w0), with m by module type, layer or weight."""
+    if scale == 1 and density == 1 and not (module or layer or plan):
+        raise AddlangError("nothing is put back", "give --scale, --module, --layer, --density or --plan")
     data = {
         "model": model, "source_model": source or _source_of(model), "seed": seed,
         "parameters": {

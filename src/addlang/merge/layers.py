@@ -52,6 +52,8 @@ def swap_ranges(spec: LayerSwap, models: Models) -> tuple[Ranges, dict[str, Any]
     else:
         bottom = _scaled(GUIDE_BOTTOM, depth) if p.bottom is None else p.bottom
         top = _scaled(GUIDE_TOP, depth) if p.top is None else p.top
+        if bottom + top == 0:
+            raise AddlangError("bottom 0 and top 0 swap no layer", "raise one of them")
     edges = (bottom > 0) + (top > 0)
     if bottom + top + edges * transition > depth:
         raise AddlangError(

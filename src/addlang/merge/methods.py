@@ -497,6 +497,8 @@ def load_plan(name: str, models: Models) -> Any:
     shapes = models.layout.shapes
     if odd := [n for n in {*shapes, *plan.entries} if n not in plan.entries or plan[n].shape != shapes.get(n)]:
         raise AddlangError(f"{path}: the plan is of another model: '{sorted(odd)[0]}' does not match", "name its plan")
+    if all(entry.kind == "none" for entry in plan.entries.values()):
+        raise AddlangError(f"{path}: the plan freezes nothing, so nothing would go back", "name another plan")
     return plan
 
 
