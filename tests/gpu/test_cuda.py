@@ -51,7 +51,7 @@ def trained(
     model = make_model("olmo2").to(CUDA, dtype)
     source = {n: p.detach().clone() for n, p in model.named_parameters()}
     plan = half_of_everything(model, kind)
-    attached = attach_plan(model, plan, execution)  # type: ignore[arg-type]
+    attached = attach_plan(model, plan, execution, masters=settings.get("master_weights") != "model")
     directory.mkdir(parents=True)
     train(
         attached, Data(), phase(save_steps=100, **settings), directory, device=CUDA, schedule=Schedule(8, 4, 2), seed=0
@@ -133,7 +133,7 @@ def test_a_run_proves_itself_and_continues_with_the_same_bits(
     assert metrics(killed) == metrics(whole)
 
 
-@pytest.mark.parametrize("strategy", ["full", "ssu", "hft", "gmt", "lisa", "lora", "self_anchor"])
+@pytest.mark.parametrize("strategy", ["full", "ssu", "hft", "gmt", "lisa", "lota", "s2ft", "spectrum", "lora"])
 def test_strategies_run_on_a_gpu(strategy: str, world: World, tmp_path: Path, offline: None) -> None:
     out = execute(recipe(world, tmp_path / strategy, strategy=strategy))
     assert json.loads((out / "proof.json").read_text())["ok"]
