@@ -93,6 +93,7 @@ def make_exact(patch: pytest.MonkeyPatch) -> None:
         return softmax(x, *args, **kw)
 
     patch.setattr(torch.Tensor, "to", keep_double)
+
     def keep_float(self: torch.Tensor) -> torch.Tensor:
         if self.dtype == torch.float64:
             return self
