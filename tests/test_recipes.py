@@ -68,3 +68,10 @@ def test_orders_of_phases_are_compared_at_one_budget() -> None:
     for cell, data in cells(study, path.parent, files=False).items():
         budgets.setdefault(cell.setting, set()).add(Recipe.parse(data).budget)
     assert all(len(of_arms) == 1 and None not in of_arms for of_arms in budgets.values())
+
+
+def test_openorcas_system_prompts_meet_a_template_that_knows_them() -> None:
+    path = ROOT / "recipes" / "two-phase" / "table-d9.yaml"
+    grid = cells(load_study(path), path.parent, files=False)
+    templates = {cell.setting[0]: data.get("chat_template") for cell, data in grid.items()}
+    assert templates == {"Mistral-7B": "mistral", "Llama-3-8B": None}

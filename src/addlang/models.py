@@ -89,8 +89,8 @@ def load_tokenizer(directory: Path, chat_template: Path | None = None) -> Any:
     """The fast tokenizer of a model directory, with a pad token.
 
     Args:
-        chat_template: path of a Jinja file that replaces the tokenizer's own template; a warning names control tokens
-            in it that the vocabulary does not have.
+        chat_template: path of a Jinja file that replaces the tokenizer's own template, with a warning if there is one;
+            another names control tokens in it that the vocabulary does not have.
     """
     from transformers import AutoTokenizer
 
@@ -113,9 +113,16 @@ def load_tokenizer(directory: Path, chat_template: Path | None = None) -> Any:
         tokenizer.pad_token = tokenizer.eos_token
     if chat_template is not None:
         try:
-            tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
+            given = chat_template.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise AddlangError(f"chat template '{chat_template}' cannot be read: {error}") from error
+        if tokenizer.chat_template not in (None, given):
+            warnings.warn(
+                f"chat template '{chat_template.stem}' takes the place of the model's own, with which it was tuned",
+                AddlangWarning,
+                stacklevel=2,
+            )
+        tokenizer.chat_template = given
         vocabulary = tokenizer.get_vocab()
         if missing := sorted(set(re.findall(r"<\|\w+\|>", tokenizer.chat_template)) - set(vocabulary)):
             warnings.warn(
