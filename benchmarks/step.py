@@ -203,6 +203,7 @@ def child(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     empty = resident_bytes()
     step = Step(args)
+    step()  # makes the optimizer's state and the resident weights
     flops = counted(step)
     resident_bytes()
     with Peak() as watch:
@@ -214,15 +215,20 @@ def child(args: argparse.Namespace) -> None:
 
 
 def counted(step: Step) -> int:
-    """Floating-point operations of a step, after one that makes the optimizer's state and the resident weights."""
+    """Floating-point operations of a step, counted on one of its sequences.
+
+    The counter holds on to what a checkpoint recomputes, so that a whole step would need as much memory as without
+    checkpointing; and it knows no fused attention with fewer key than query heads.
+    """
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    step()
-    # the counter knows no fused attention with fewer key than query heads
+    whole = step.batch
+    step.batch = {k: v[:1] for k, v in whole.items()}
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         step()
-    return counter.get_total_flops()
+    step.batch = whole
+    return counter.get_total_flops() * len(whole["input_ids"])
 
 
 def on_gpu(args: argparse.Namespace) -> dict[str, Any]:
@@ -232,6 +238,7 @@ def on_gpu(args: argparse.Namespace) -> dict[str, Any]:
     step: Step | None = None
     try:
         step = Step(args)
+        step()  # makes the optimizer's state and the resident weights
         result: dict[str, Any] = {"flops": counted(step)}
         torch.cuda.reset_peak_memory_stats()
         step()

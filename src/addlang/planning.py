@@ -68,6 +68,7 @@ def plan_run(
             "compute_bytes": dtype.itemsize,
             "form": form_of(plan, phase, splittable=refused is None),
             "shards": 1 if phase.sharding == "ddp" else devices,
+            "accumulated": data.batch_size > micro * devices,
         }
         steps, tokens, notes = data.sequences // data.batch_size, data.card["tokens"], list(data.card["notes"])
         if data.pool is not None:

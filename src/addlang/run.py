@@ -153,7 +153,10 @@ def adapt(
     plan, guards = world.in_turn(lambda: prepare(model))
     if phase.use_liger_kernel:
         apply_liger(model)
-    with explain_out_of_memory(model, plan, phase, micro=micro, device=device, stored=stored.dtype, world=world):
+    with explain_out_of_memory(
+        model, plan, phase, micro=micro, device=device, stored=stored.dtype, world=world,
+        accumulated=schedule.batch > micro * world.size,
+    ):  # fmt: skip
         attached = phase.strategy.attach(model, plan, phase.execution, masters=phase.master_weights == "fp32")
         planned = run.state.get("plan", {})
         run.update(plan={**planned, phase.name: {**planned.get(phase.name, {}), "execution": attached.execution}})
