@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -621,35 +620,31 @@ def long_recipe(world: World, directory: Path, tokens: int = 60_000) -> Path:
 
 
 def kills_give_the_same_bits(world: World, root: Path, count: int, seed: int) -> None:
-    """One uninterrupted run, then one that is killed ``count`` times at random moments of its life."""
-    import addlang.data.prepare
+    """One uninterrupted run, then others that are killed at random moments, ``count`` times in all.
 
+    A run that ends before its moment comes is compared, and the next kills hit a new one.
+    """
     began = time.monotonic()
-    whole = start(long_recipe(world, root / "whole"))
-    assert whole.wait() == 0
+    assert start(long_recipe(world, root / "whole")).wait() == 0
     length = time.monotonic() - began
-    recipe, r, kills = long_recipe(world, root / "killed"), random.Random(seed), 0
-    assert addlang.data.prepare.cache_root().is_dir()
-    while kills < count:
-        process = start(recipe)
+    r, kills, run = random.Random(seed), 0, 0
+    fresh = True  # nothing has killed this run yet
+    while kills < count or not fresh:
+        process = start(long_recipe(world, root / f"run-{run}"))
         try:
-            process.wait(timeout=r.uniform(0.3, 0.95) * length)
-            if kills:
-                break
-            length *= 0.5  # it was over sooner than the first, while other work held that up: again from the beginning
-            shutil.rmtree(root / "killed")
-            recipe = long_recipe(world, root / "killed")
+            _, error = process.communicate(timeout=None if kills == count else r.uniform(0.3, 0.95) * length)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills += 1
-    last = start(recipe)
-    _, error = last.communicate()
-    assert last.returncode == 0 or "finished run" in error
-    assert kills > 0
-    assert same(root / "killed" / "out", root / "whole" / "out")
-    assert metrics(root / "killed" / "out") == metrics(root / "whole" / "out")
-    assert not list((root / "killed" / "out").rglob("*.tmp"))
+            process.communicate()
+            kills, fresh = kills + (process.returncode == -signal.SIGKILL), False
+            continue
+        assert process.returncode == 0 or "finished run" in error, error
+        assert same(root / f"run-{run}" / "out", root / "whole" / "out")
+        assert metrics(root / f"run-{run}" / "out") == metrics(root / "whole" / "out")
+        assert not list((root / f"run-{run}" / "out").rglob("*.tmp"))
+        length *= 0.8 if fresh else 1.0  # it was over sooner than the first, while other work held that up
+        run, fresh = run + 1, True
+    assert kills == count
 
 
 @pytest.mark.slow

@@ -106,9 +106,10 @@ KINDS: dict[str, Tokenizer] = {
 def test_lookup_equals_the_tokenizer(kind: str, batches: list[list[str]]) -> None:
     plain, control = copies(KINDS[kind])
     encode = memo_of(plain, control)
-    for texts in batches:
+    cut = [encode(texts) for texts in batches]  # all of them before the first is looked up
+    for texts, look_up in zip(batches, cut, strict=True):
         expected = [e.ids for e in plain.encode_batch(texts, add_special_tokens=False)]
-        ids, lengths = encode(texts)
+        ids, lengths = look_up()
         assert lengths.tolist() == [len(e) for e in expected]
         assert ids.tolist() == [t for e in expected for t in e]
 
@@ -118,7 +119,7 @@ def test_lookup_is_right_after_forgetting(monkeypatch: pytest.MonkeyPatch) -> No
     plain, control = copies(KINDS["llama3"])
     encode = memo_of(plain, control)
     for text in ("the cat sat", "on the mat today", "the cat sat", ""):
-        assert encode([text])[0].tolist() == plain.encode(text, add_special_tokens=False).ids
+        assert encode([text])()[0].tolist() == plain.encode(text, add_special_tokens=False).ids
 
 
 def test_separator_that_melts_with_a_piece_is_noticed() -> None:
@@ -126,7 +127,7 @@ def test_separator_that_melts_with_a_piece_is_noticed() -> None:
     tokenizer.add_special_tokens([AddedToken("x</s>", special=True)])
     plain, control = copies(tokenizer)
     texts = ["x y x", "the x the"]
-    assert memo_of(plain, control)(texts)[0].tolist() == [
+    assert memo_of(plain, control)(texts)()[0].tolist() == [
         t for e in plain.encode_batch(texts, add_special_tokens=False) for t in e.ids
     ]
 

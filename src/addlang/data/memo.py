@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from itertools import repeat
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,6 +80,22 @@ def separable(backend: str, separator: str) -> str | None:
     return LINE_ENDS.get(pattern) if apart else None
 
 
+class _Cut(NamedTuple):
+    """Keys of the pieces of some texts.
+
+    Attributes:
+        first: of the first piece of every text.
+        different: of all others, each once.
+        indices: of all others, in order, into ``different``.
+        counts: (n,) pieces per text, at least one.
+    """
+
+    first: list[str]
+    different: list[str]
+    indices: NDArray[np.int32]
+    counts: NDArray[np.int64]
+
+
 class Memo:
     """Encodes texts by looking their pieces up; new pieces are encoded by the tokenizer itself.
 
@@ -104,11 +121,18 @@ class Memo:
         self._ids = np.empty(0, np.uint32)
         self._starts = self._lengths = np.zeros(1, np.int64)  # by piece; 0 is the mark of what cannot be looked up
 
-    def __call__(self, texts: list[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-        """Flat ids of all texts and their (n,) lengths."""
+    def __call__(self, texts: list[str]) -> Callable[[], tuple[NDArray[np.uint32], NDArray[np.int64]]]:
+        """Cut the texts; what comes back, called once, looks the pieces up: flat ids of all texts and their (n,) lengths.
+
+        Cutting touches nothing that is remembered, so the next texts can be cut while these are looked up.
+        """
+        cut = self._cut(texts)
+        return lambda: self._encode(texts, cut)
+
+    def _encode(self, texts: list[str], cut: _Cut) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
         if len(self._known) > MOST_PIECES or self._characters > MOST_CHARACTERS:
             self._forget()
-        numbers, counts = self._look_up(texts)
+        numbers, counts = self._look_up(cut), cut.counts
         bounds = np.cumsum(counts)
         odd = np.unique(np.searchsorted(bounds, np.flatnonzero(numbers == 0), side="right"))
         if len(odd):
@@ -126,11 +150,8 @@ class Memo:
         at = np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
         return self._ids[at], np.diff(ends[bounds - 1], prepend=0)
 
-    def _look_up(self, texts: list[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Numbers of all pieces of texts cut at every space and line end, and their number per text (at least one).
-
-        Arrow cuts the texts and finds the different pieces; only these are looked up one by one.
-        """
+    def _cut(self, texts: list[str]) -> _Cut:
+        """All pieces of texts cut at every space and line end; Arrow cuts the texts and finds the different pieces."""
         import pyarrow as pa  # type: ignore[import-untyped]
         import pyarrow.compute as pc  # type: ignore[import-untyped]
 
@@ -139,15 +160,19 @@ class Memo:
         rest = pa.array([tail if space else None for _, space, tail in cut], pa.large_string())
         split = pc.split_pattern(rest, pattern=" ")
         coded = split.flatten().dictionary_encode()
-        of_different = self._numbers(coded.dictionary.to_pylist())
         counts = 1 + pc.fill_null(pc.list_value_length(split), 0).to_numpy(zero_copy_only=False).astype(np.int64)
-        numbers = np.empty(int(counts.sum()), np.int64)
+        return _Cut(first, coded.dictionary.to_pylist(), coded.indices.to_numpy(), counts)
+
+    def _look_up(self, cut: _Cut) -> NDArray[np.int64]:
+        """Numbers of all pieces; only different ones are looked up one by one."""
+        of_different = self._numbers(cut.different)
+        numbers = np.empty(int(cut.counts.sum()), np.int64)
         inner = np.ones(len(numbers), dtype=bool)
-        begins = np.cumsum(counts) - counts
+        begins = np.cumsum(cut.counts) - cut.counts
         inner[begins] = False
-        numbers[begins] = self._numbers(first)
-        numbers[inner] = of_different[coded.indices.to_numpy()]
-        return numbers, counts
+        numbers[begins] = self._numbers(cut.first)
+        numbers[inner] = of_different[cut.indices]
+        return numbers
 
     def _lines_marked(self, text: str) -> str:
         """The text with a space, between marks, at the line ends after which it may be cut."""
