@@ -279,6 +279,34 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"use_liger_kernel": True}, r"liger-kernel cannot be used(.|\n)*addlang\[liger\]"),
+        ({"optimizer": "adamw_8bit"}, r"needs torchao(.|\n)*addlang\[optimizers\]"),
+        ({"torch_compile": True}, r"torch_compile needs a C\+\+ compiler"),
+        ({"attn_implementation": "flash_attention_2", "per_device_train_batch_size": 1}, "'flash_attention_2' cannot be used"),
+        ({"attn_implementation": "flash_attention_3", "per_device_train_batch_size": 1}, "'flash_attention_3' cannot be used"),
+        ({"sharding": "fsdp"}, r"sharding: fsdp on 1 process\(es\)"),
+        ({"execution": "split", "strategy": {"name": "ssu", "granularity": "element"}}, r"'model\..*q_proj.weight' is frozen element by element"),
+        ({"execution": "masked", "strategy": "lora"}, "there is no execution to choose"),
+        ({"precision": "fp32", "master_weights": "model"}, "precision: fp32 contradicts master_weights: model"),
+    ],
+    ids=["liger", "torchao", "compiler", "flash2", "flash3", "sharding", "elements", "adapters", "precision"],
+)  # fmt: skip
+def test_what_cannot_work_here_is_said_before_anything_is_measured(
+    settings: dict[str, Any], message: str, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("liger_kernel", "torchao", "torchao.optim"):
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    for number in (2, 3):
+        monkeypatch.setattr(f"transformers.utils.is_flash_attn_{number}_available", lambda: False)
+    monkeypatch.setattr("addlang.run.prepare_data", lambda *_: pytest.fail("the data were read first"))
+    with pytest.raises(AddlangError, match=message):
+        execute(world.recipe(tmp_path / "out", **settings))
+
+
 def test_no_chat_template_is_an_error_before_weights_are_loaded(world: World, tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     (model / "chat_template.jinja").unlink()

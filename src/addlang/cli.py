@@ -154,7 +154,8 @@ def plan(
     context: typer.Context,
     recipe: Annotated[Path, typer.Argument(help="YAML recipe.")],
     gpu: Annotated[
-        float | None, typer.Option(help="Memory of one GPU in GiB (24, 48, 80, 141): what fits, and what must change.")
+        float | None,
+        typer.Option(min=1, help="Memory of one GPU in GiB (24, 48, 80, 141): what fits, and what must change."),
     ] = None,
     devices: Annotated[int, typer.Option(min=1, help="GPUs that the run is spread over.")] = 1,
     probe: Annotated[
