@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from tiny import ARCHITECTURES, make_tokenizer, save_model
 
 from addlang.errors import AddlangError, PreemptedError, ProofError
@@ -705,6 +706,40 @@ def test_a_terminated_process_exits_75_and_continues(world: World, tmp_path: Pat
     whole = start(long_recipe(world, tmp_path / "whole"))
     assert whole.wait() == 0
     assert same(tmp_path / "out", tmp_path / "whole" / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["fsdp", "ddp"])
+def test_torchrun_trains_what_one_process_trains_and_one_process_can_go_on(
+    sharding: str, world: World, tmp_path: Path
+) -> None:
+    whole = start(long_recipe(world, tmp_path / "whole", 20_000))
+    assert whole.wait() == 0
+    recipe = long_recipe(world, tmp_path, 20_000)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    process = subprocess.Popen(
+        [*torchrun, "-m", "addlang", "run", str(recipe), "--sharding", sharding],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    log = tmp_path / "out" / "metrics.jsonl"
+    while process.poll() is None and not (log.is_file() and log.stat().st_size > 2000):
+        time.sleep(0.02)
+    process.terminate()  # the launcher passes it on to its processes
+    said, _ = process.communicate()
+    assert process.returncode != 0
+    saved = list((tmp_path / "out").glob("checkpoint-*"))
+    assert saved, said
+    assert all((p / ".metadata").is_file() == (sharding == "fsdp") for p in saved)
+    assert read_state(tmp_path / "out")["processes"] == 2
+    assert start(recipe).wait() == 0
+    assert read_state(tmp_path / "out")["processes"] == 1
+    assert verify_run(tmp_path / "out")["ok"]
+    mine, one, source = (
+        load_file(d / "model.safetensors") for d in (tmp_path / "out", tmp_path / "whole" / "out", Path(world.model))
+    )
+    apart = sum(float((mine[n] - one[n]).float().square().sum()) for n in one)
+    moved = sum(float((one[n] - source[n]).float().square().sum()) for n in one)
+    assert apart < 0.01**2 * moved
 
 
 def test_a_base_model_needs_a_template_and_is_exported_with_it(world: World, tmp_path: Path) -> None:
