@@ -257,6 +257,12 @@ def test_plan_knows_what_split_execution_cannot_run(addlang: Addlang, recipe: Pa
     assert "is frozen element by element" in refused.err
 
 
+def test_plan_tells_adapters_from_weights_of_the_models_own(addlang: Addlang, recipe: Path) -> None:
+    phase = addlang("plan", recipe, "--json", "--strategy", "lora").json["phases"][0]
+    assert phase["execution"] == "adapters"
+    assert phase["trainable"] != sum(g["elements"] - g["frozen"] for g in phase["groups"])
+
+
 def test_plan_refuses_what_a_run_on_as_many_devices_would(addlang: Addlang, recipe: Path) -> None:
     refused = addlang("plan", recipe, "--devices", 2, "--sharding", "none")
     assert refused.code == 1

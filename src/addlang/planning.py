@@ -84,7 +84,7 @@ def plan_run(
             {
                 "phase": phase.name,
                 "strategy": phase.strategy.name,
-                "execution": "masked" if masked else "split",
+                "execution": "adapters" if besides else "masked" if masked else "split",
                 "why_masked": refused if phase.execution == "auto" and refused else None,
                 "parameters": plan.numel,
                 "trainable": kept.trainable_count + besides,
