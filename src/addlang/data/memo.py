@@ -100,17 +100,17 @@ class Memo:
     """Encodes texts by looking their pieces up; new pieces are encoded by the tokenizer itself.
 
     Args:
-        plain: backend that takes control tokens for ordinary text.
-        control: copy of it that recognises them, so that ``separator`` can keep pieces apart.
+        tokenizer: of this object alone. It takes control tokens for ordinary text, except where ``separator`` keeps pieces
+            apart.
         separator: a control token.
         line_ends: as :func:`separable` returns them.
     """
 
-    def __init__(self, plain: Any, control: Any, separator: str, line_ends: str) -> None:
-        self._plain, self._control, self._separator = plain, control, separator
+    def __init__(self, tokenizer: Any, separator: str, line_ends: str) -> None:
+        self._tokenizer, self._separator = tokenizer, separator
         self._single_line_ends = line_ends == "single"
-        self._separator_id = control.token_to_id(separator)
-        special = [t.content for t in control.get_added_tokens_decoder().values() if t.special]
+        self._separator_id = tokenizer.token_to_id(separator)
+        special = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special]
         self._special = re.compile("|".join(map(re.escape, special)))
         self._forget()
 
@@ -217,7 +217,8 @@ class Memo:
         order: list[int] = []  # of the pieces in ``ids``
         ids: list[NDArray[np.uint32]] = []
         sizes: list[NDArray[np.int64]] = []
-        encodings = self._control.encode_batch_fast(joined, add_special_tokens=False)
+        self._tokenizer.encode_special_tokens = False
+        encodings = self._tokenizer.encode_batch_fast(joined, add_special_tokens=False)
         for chunk, encoding in zip(chunks, encodings, strict=True):
             found = np.array(encoding.ids, np.uint32)
             cuts = np.flatnonzero(found == self._separator_id)
@@ -227,7 +228,8 @@ class Memo:
                 sizes.append(np.diff(cuts, prepend=-1, append=len(found)) - 1)
             else:  # the end of a piece and the separator formed another control token
                 alone += chunk
-        encodings = self._plain.encode_batch_fast([new[i] for i in alone], add_special_tokens=False)
+        self._tokenizer.encode_special_tokens = True
+        encodings = self._tokenizer.encode_batch_fast([new[i] for i in alone], add_special_tokens=False)
         order += alone
         ids += [np.array(e.ids, np.uint32) for e in encodings]
         sizes.append(np.fromiter((len(e.ids) for e in encodings), np.int64, len(alone)))

@@ -50,22 +50,17 @@ def text_encoder(tokenizer: Any) -> Encode:
         return lambda texts: (
             lambda: _flat(tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"])
         )
+    from tokenizers import Tokenizer
+
     backend = tokenizer.backend_tokenizer.to_str()
-    plain = _copy(backend)
+    plain = Tokenizer.from_str(backend)
+    plain.no_padding()
+    plain.no_truncation()
     plain.encode_special_tokens = True
     line_ends = separable(backend, tokenizer.eos_token)
     if line_ends is not None:
-        return Memo(plain, _copy(backend), tokenizer.eos_token, line_ends)
+        return Memo(plain, tokenizer.eos_token, line_ends)
     return lambda texts: lambda: _flat([e.ids for e in plain.encode_batch_fast(texts, add_special_tokens=False)])
-
-
-def _copy(backend: str) -> Any:
-    from tokenizers import Tokenizer
-
-    copy = Tokenizer.from_str(backend)
-    copy.no_padding()
-    copy.no_truncation()
-    return copy
 
 
 def frame(
