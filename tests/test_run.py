@@ -308,6 +308,14 @@ def test_what_cannot_work_here_is_said_before_anything_is_measured(
         execute(world.recipe(tmp_path / "out", **settings))
 
 
+def test_a_warmup_longer_than_the_data_is_refused_before_anything_is_measured(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("addlang.run.evaluate", lambda *_: pytest.fail("the model was measured first"))
+    with pytest.raises(AddlangError, match=r"warmup_steps 1000 leaves none of the 12 steps(.|\n)*lower warmup_steps"):
+        execute(world.recipe(tmp_path / "out", warmup_steps=1000))
+
+
 def test_no_chat_template_is_an_error_before_weights_are_loaded(world: World, tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     (model / "chat_template.jinja").unlink()

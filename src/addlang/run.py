@@ -319,10 +319,11 @@ def prepare_data(
     """Read, split and pack a phase's data and put its card into the state.
 
     Raises:
-        AddlangError: they are not what this run began with, so that it cannot be continued.
+        AddlangError: they are not what this run began with, so that it cannot be continued, or too few for the warmup.
     """
     from addlang.data.prepare import prepare
     from addlang.progress import note, progress
+    from addlang.train.optimizers import warmup
 
     rows = 0
     with progress(f"reading data of {phase.name}", unit="rows") as bar:
@@ -333,6 +334,8 @@ def prepare_data(
             bar.update(rows)
 
         data = prepare(recipe, phase, tokenizer, base_dir=base_dir, progress=count, exclude=exclude)
+    if data.pool is None:  # otherwise there are more steps to come
+        warmup(phase, data.sequences // data.batch_size)
     known = run.state.get("data", {}).get(phase.name)
     if run.done("evaluate:before") and known is not None and known["identity"] != data.card["identity"]:
         raise AddlangError(

@@ -135,6 +135,9 @@ def test_an_embedding_rate_without_embedding_is_refused() -> None:
     attached = attach(train_embeddings=False, train_lm_head=False)
     with pytest.raises(AddlangError, match="neither the embedding nor the head is trained"):
         parameter_groups(attached, phase(embedding_learning_rate=1e-3))
+    frozen = {"name": "full", "train_embeddings": False, "train_lm_head": False}
+    with pytest.raises(ValueError, match="neither the embedding nor the head is trained"):
+        phase(strategy=frozen, embedding_learning_rate=1e-3)
 
 
 @pytest.mark.parametrize("name", ["adamw_8bit", "adamw_bf16_sr"])

@@ -77,16 +77,27 @@ def embedding_and_head(model: Any) -> list[nn.Parameter]:
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, phase: Phase, steps: int) -> Any:
-    """transformers' schedule of that name, alike for all groups; ``warmup_steps`` below 1 is a share of all steps."""
+    """transformers' schedule of that name, alike for all groups."""
     from transformers import get_scheduler
 
-    warmup = math.ceil(phase.warmup_steps * steps) if phase.warmup_steps < 1 else int(phase.warmup_steps)
-    if warmup >= steps and steps > 1:
+    return get_scheduler(
+        phase.lr_scheduler_type, optimizer, num_warmup_steps=warmup(phase, steps), num_training_steps=steps
+    )
+
+
+def warmup(phase: Phase, steps: int) -> int:
+    """Steps of the phase's warmup; ``warmup_steps`` below 1 is a share of all ``steps``.
+
+    Raises:
+        AddlangError: it would be all of them.
+    """
+    found = math.ceil(phase.warmup_steps * steps) if phase.warmup_steps < 1 else int(phase.warmup_steps)
+    if found >= steps and steps > 1:
         raise AddlangError(
-            f"warmup_steps {warmup} leaves none of the {steps} steps of phase '{phase.name}'",
+            f"warmup_steps {found} leaves none of the {steps} steps of phase '{phase.name}'",
             "lower warmup_steps or raise tokens",
         )
-    return get_scheduler(phase.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+    return found
 
 
 def set_rates(optimizer: torch.optim.Optimizer, rates: list[float]) -> None:
