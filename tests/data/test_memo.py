@@ -32,6 +32,12 @@ WORDS = [
     "<",
 ]
 WORDS += [
+    "end.",
+    "x,",
+    "DON'T'",
+    "12345)!",
+    "ọ.",
+    "<t>,",
     "<sep",
     "tab\t",
     "\u00a0",
@@ -95,7 +101,15 @@ KINDS: dict[str, Tokenizer] = {
     "qwen2": backend(QWEN2, normalizers.NFC()),
     "o200k": backend(O200K),
     "added": backend(
-        LLAMA3, added=[AddedToken("3.14"), AddedToken("\n\n"), AddedToken("t\n"), AddedToken(" x"), AddedToken("  ")]
+        LLAMA3,
+        added=[
+            AddedToken("3.14"),
+            AddedToken("\n\n"),
+            AddedToken("t\n"),
+            AddedToken(" x"),
+            AddedToken("  "),
+            AddedToken("<t>"),
+        ],
     ),
 }
 

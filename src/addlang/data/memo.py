@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+import string
 from collections.abc import Callable
 from itertools import repeat
 from typing import Any, NamedTuple
@@ -42,6 +43,9 @@ _CHUNK = 256  # pieces per string given to the tokenizer
 # which the text may be cut. The mark is a code point that is no character; a text that holds it is not cut at all.
 _MARK = "\ufdd0"
 _CUT = f"{_MARK} {_MARK}"
+# Marks that close a word, and line ends. In front of the first of them an ASCII letter or digit always ends a match, if
+# nothing but them follows in a piece: "end." and "end," are encoded as one "end" and two tails.
+_CLOSING = string.punctuation + "\n"
 _EXACT = "\ud801"  # what follows is the piece, whatever it begins and ends with; no valid text holds this
 
 
@@ -96,6 +100,27 @@ class _Cut(NamedTuple):
     counts: NDArray[np.int64]
 
 
+class _Ids:
+    """Flat ids of numbered strings, in order; number 0 has none."""
+
+    def __init__(self) -> None:
+        self._ids = np.empty(0, np.uint32)
+        self._lengths = self._starts = np.zeros(1, np.int64)
+
+    def add(self, ids: NDArray[np.uint32], lengths: NDArray[np.int64]) -> None:
+        """Strings with the next (n,) numbers."""
+        self._starts = np.concatenate([self._starts, len(self._ids) + np.cumsum(lengths) - lengths])
+        self._lengths = np.concatenate([self._lengths, lengths])
+        self._ids = np.concatenate([self._ids, ids])
+
+    def take(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+        """Flat ids and (n,) lengths of the strings with these numbers."""
+        lengths = self._lengths[numbers]
+        ends = np.cumsum(lengths)
+        at = np.arange(ends[-1] if len(ends) else 0) + np.repeat(self._starts[numbers] - (ends - lengths), lengths)
+        return self._ids[at], lengths
+
+
 class Memo:
     """Encodes texts by looking their pieces up; new pieces are encoded by the tokenizer itself.
 
@@ -112,14 +137,17 @@ class Memo:
         self._separator_id = tokenizer.token_to_id(separator)
         special = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special]
         self._special = re.compile("|".join(map(re.escape, special)))
+        ordinary = [t.content for t in tokenizer.get_added_tokens_decoder().values() if not t.special]
+        self._added = re.compile("|".join(map(re.escape, ordinary))) if ordinary else None
         self._forget()
 
     def _forget(self) -> None:
         self._known: dict[str, int] = {}  # number of every piece, from 1
         self._new: list[str] = []  # pieces that have a number and no ids yet
         self._characters = 0
-        self._ids = np.empty(0, np.uint32)
-        self._starts = self._lengths = np.zeros(1, np.int64)  # by piece; 0 is the mark of what cannot be looked up
+        self._pieces = _Ids()  # 0 is the mark of what cannot be looked up
+        self._known_parts: dict[str, int] = {"": 0}  # number of every head and tail of a piece
+        self._parts = _Ids()
 
     def __call__(self, texts: list[str]) -> Callable[[], tuple[NDArray[np.uint32], NDArray[np.int64]]]:
         """Cut the texts; what comes back, called once, looks the pieces up: flat ids of all texts and their (n,) lengths.
@@ -145,10 +173,8 @@ class Memo:
             numbers = np.concatenate([*parts, numbers[done:]])
             bounds = np.cumsum(counts)
         self._encode_new()
-        starts, lengths = self._starts[numbers], self._lengths[numbers]
-        ends = np.cumsum(lengths)
-        at = np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
-        return self._ids[at], np.diff(ends[bounds - 1], prepend=0)
+        ids, lengths = self._pieces.take(numbers)
+        return ids, np.diff(np.cumsum(lengths)[bounds - 1], prepend=0)
 
     def _cut(self, texts: list[str]) -> _Cut:
         """All pieces of texts cut at every space and line end; Arrow cuts the texts and finds the different pieces."""
@@ -206,8 +232,26 @@ class Memo:
         return numbers
 
     def _encode_new(self) -> None:
-        new = [_piece(key) for key in self._new]
+        """Give every new piece its ids: those of its head and of its tail, each of which is encoded once."""
+        pieces = [_piece(key) for key in self._new]
         self._new.clear()
+        heads = [piece.rstrip(_CLOSING) for piece in pieces]
+        uncut = {i for i, head in enumerate(heads) if not (head[-1:].isascii() and head[-1:].isalnum())}
+        if self._added is not None and self._added.search("\n".join(pieces)):
+            uncut |= {i for i, piece in enumerate(pieces) if self._added.search(piece)}
+        for i in uncut:
+            heads[i] = pieces[i]
+        tails = [piece[len(head) :] for piece, head in zip(pieces, heads, strict=True)]
+        known = self._known_parts
+        new = [part for part in dict.fromkeys([*heads, *tails]) if part not in known]
+        known.update(zip(new, range(len(known), len(known) + len(new)), strict=True))
+        self._parts.add(*self._encode_parts(new))
+        both = np.array([[known[part] for part in heads], [known[part] for part in tails]], np.int64).T
+        ids, lengths = self._parts.take(both.ravel())
+        self._pieces.add(ids, lengths.reshape(-1, 2).sum(1))
+
+    def _encode_parts(self, new: list[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+        """Flat ids and (n,) lengths by the tokenizer; many parts at a time, with separators between them."""
         alone: list[int] = []  # pieces that spell out a control token; first look whether there is any at all
         if self._special.search("\n".join(new)):
             alone = [i for i, piece in enumerate(new) if self._special.search(piece)]
@@ -233,12 +277,9 @@ class Memo:
         order += alone
         ids += [np.array(e.ids, np.uint32) for e in encodings]
         sizes.append(np.fromiter((len(e.ids) for e in encodings), np.int64, len(alone)))
-        lengths = np.concatenate(sizes)
-        starts = len(self._ids) + np.cumsum(lengths) - lengths
-        back = np.argsort(order)
-        self._starts = np.concatenate([self._starts, starts[back]])
-        self._lengths = np.concatenate([self._lengths, lengths[back]])
-        self._ids = np.concatenate([self._ids, *ids])
+        table = _Ids()
+        table.add(np.concatenate([np.empty(0, np.uint32), *ids]), np.concatenate(sizes))
+        return table.take(1 + np.argsort(order))
 
 
 def _piece(key: str) -> str:
