@@ -98,3 +98,10 @@ def test_penalties_count_what_they_keep_beside_every_trained_element() -> None:
     both = estimate(config, plan, phase(guards=["ewc", "l2sp"]), **settings)
     assert plain["guards"] == 0
     assert both["total"] - plain["total"] == both["guards"] == 3 * 4 * plan.trainable_count
+
+
+def test_masked_execution_keeps_the_frozen_values_besides() -> None:
+    config, _, plan = preset("olmo2-7b")
+    parts = estimate(config, plan, phase(), micro=1, stored_bytes=2, compute_bytes=2, form="masked")
+    assert parts["frozen_weights"] == 4 * (plan.numel - plan.trainable_count)
+    assert parts["trained_weights"] == 4 * plan.numel

@@ -49,7 +49,7 @@ def estimate(
         ``frozen_weights``, ``trained_weights``, ``compute_copies``, ``gathered`` (of other devices' shards),
         ``gradients``, ``optimizer``, ``guards``, ``activations``, ``logits`` and their ``total``.
     """
-    trained, frozen, partly = besides, 0, 0
+    trained, frozen, partly, restored = besides, 0, 0, 0
     for entry in plan.entries.values():
         free = entry.numel - entry.frozen_count
         n = entry.numel if form == "masked" and free else free
@@ -57,6 +57,8 @@ def estimate(
         frozen += entry.numel - n
         if 0 < free < entry.numel:
             partly += entry.numel
+            if form == "masked":
+                restored += entry.frozen_count  # their values are kept besides, to be put back after every step
     master = 4 if phase.master_weights == "fp32" else stored_bytes
     kept = stored_bytes if compute_bytes < 4 or phase.master_weights == "model" else max(stored_bytes, compute_bytes)
     head = config.vocab_size * config.hidden_size
@@ -83,7 +85,7 @@ def estimate(
     wide = 6 * head if phase.optimizer == "adamw_8bit" and embedding and embedding.frozen_count < embedding.numel else 0
     tokens = micro * phase.sequence_length
     parts = {
-        "frozen_weights": frozen * kept // shards,
+        "frozen_weights": (frozen * kept + restored * master) // shards,
         "trained_weights": trained * master // shards,
         "compute_copies": max(0, copies),
         "gathered": gathered,
