@@ -243,6 +243,38 @@ def test_plan_tells_what_the_run_will_do_and_trains_nothing(addlang: Addlang, re
     assert "up_proj" in shown.out
 
 
+def test_plan_knows_what_split_execution_cannot_run(addlang: Addlang, recipe: Path) -> None:
+    columns, elements = (
+        addlang("plan", recipe, "--json", "--strategy.granularity", kind).json["phases"][0]
+        for kind in ("column", "element")
+    )
+    assert (columns["execution"], elements["execution"]) == ("split", "masked")
+    assert "is frozen element by element" in elements["why_masked"]
+    assert elements["trainable"] == columns["trainable"]
+    assert elements["memory"]["optimizer"] > columns["memory"]["optimizer"]  # of whole matrices
+    refused = addlang("plan", recipe, "--strategy.granularity", "element", "--execution", "split")
+    assert refused.code == 1
+    assert "is frozen element by element" in refused.err
+
+
+def test_plan_tells_adapters_from_weights_of_the_models_own(addlang: Addlang, recipe: Path) -> None:
+    phase = addlang("plan", recipe, "--json", "--strategy", "lora").json["phases"][0]
+    assert phase["execution"] == "adapters"
+    assert phase["trainable"] != sum(g["elements"] - g["frozen"] for g in phase["groups"])
+
+
+def test_plan_refuses_what_a_run_on_as_many_devices_would(addlang: Addlang, recipe: Path) -> None:
+    refused = addlang("plan", recipe, "--devices", 2, "--sharding", "none")
+    assert refused.code == 1
+    assert "sharding: none on 2 process(es)" in refused.err
+    assert addlang("plan", recipe, "--gpu", 0).code == 2
+    spread, copied = (
+        addlang("plan", recipe, "--devices", 2, "--sharding", how, "--json").json["phases"][0]["memory"]
+        for how in ("fsdp", "ddp")
+    )
+    assert spread["optimizer"] == pytest.approx(copied["optimizer"] / 2, rel=0.01)
+
+
 def test_evaluate_measures_a_model_and_the_difference_of_two(
     addlang: Addlang, recipe: Path, world: World, tmp_path: Path
 ) -> None:

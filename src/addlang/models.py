@@ -187,26 +187,58 @@ def load_model(
     return model
 
 
+def skeleton(directory: Path) -> Any:
+    """The architecture of a checkpoint on the meta device, tied as it is, without weights.
+
+    Raises:
+        AddlangError: its configuration cannot be used.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        raise AddlangError(
+            f"{directory / 'config.json'} cannot be used: {_first_line(error)}",
+            "give the directory of a causal language model",
+        ) from error
+    model.tie_weights()
+    return model
+
+
 def apply_liger(model: Any) -> None:
     """Replace norms, rotary embeddings and SwiGLU of a model by liger-kernel's, in place. The loss stays addlang's own.
 
     Raises:
         AddlangError: liger-kernel is not installed, or does not know the architecture.
     """
+    liger = import_liger()
+    kind = model.config.model_type
+    if kind not in liger.monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise AddlangError(
+            f"use_liger_kernel: liger-kernel does not know '{kind}' models", "leave use_liger_kernel out"
+        )
+    liger._apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False, cross_entropy=False)
+
+
+def import_liger() -> Any:
+    """liger-kernel's module for transformers.
+
+    Raises:
+        AddlangError: it is not installed, or cannot be used on this machine.
+    """
     try:
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance  # type: ignore[import-not-found]
-        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN  # type: ignore[import-not-found]
+        import liger_kernel.transformers  # type: ignore[import-not-found]
+        import liger_kernel.transformers.monkey_patch  # type: ignore[import-not-found]
     except ImportError as error:
         raise AddlangError(
             f"use_liger_kernel: liger-kernel cannot be used ({_first_line(error)})",
             "pip install 'addlang[liger]' on a machine with a GPU, or leave use_liger_kernel out",
         ) from error
-    kind = model.config.model_type
-    if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:
-        raise AddlangError(
-            f"use_liger_kernel: liger-kernel does not know '{kind}' models", "leave use_liger_kernel out"
-        )
-    _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False, cross_entropy=False)
+    return liger_kernel.transformers
 
 
 def _first_line(error: BaseException) -> str:

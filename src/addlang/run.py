@@ -41,6 +41,7 @@ def execute(recipe: Recipe, *, overwrite: bool = False, base_dir: Path | None = 
     """
     check_requirements(recipe)
     with join_world(recipe.device) as world:
+        world.first(lambda: [sharding_of(phase, world) for phase in recipe.phases])
         run = world.first(lambda: RunDir.open(recipe, overwrite=overwrite)) or FollowedRun(recipe)
         if not world.leads:
             set_quiet(True)
@@ -321,10 +322,11 @@ def prepare_data(
     """Read, split and pack a phase's data and put its card into the state.
 
     Raises:
-        AddlangError: they are not what this run began with, so that it cannot be continued.
+        AddlangError: they are not what this run began with, so that it cannot be continued, or too few for the warmup.
     """
     from addlang.data.prepare import prepare
     from addlang.progress import note, progress
+    from addlang.train.optimizers import warmup
 
     rows = 0
     with progress(f"reading data of {phase.name}", unit="rows") as bar:
@@ -335,6 +337,8 @@ def prepare_data(
             bar.update(rows)
 
         data = prepare(recipe, phase, tokenizer, base_dir=base_dir, progress=count, exclude=exclude)
+    if data.pool is None:  # otherwise there are more steps to come
+        warmup(phase, data.sequences // data.batch_size)
     known = run.state.get("data", {}).get(phase.name)
     if run.done("evaluate:before") and known is not None and known["identity"] != data.card["identity"]:
         raise AddlangError(
@@ -436,8 +440,9 @@ def write_reports(path: Path) -> None:
 
 def check_requirements(recipe: Recipe) -> None:
     """What can be known to fail before any weight is loaded."""
-    from addlang.models import Checkpoint, resolve
+    from addlang.models import Checkpoint, import_liger, resolve
     from addlang.strategies.base import import_peft
+    from addlang.train.optimizers import require_libraries
 
     for phase in recipe.phases:
         needs = phase.strategy.requires()
@@ -445,19 +450,23 @@ def check_requirements(recipe: Recipe) -> None:
             Checkpoint(resolve(phase.strategy.reference_model))
         if "peft" in needs:
             import_peft(phase.strategy.name)
+        if phase.use_liger_kernel:
+            import_liger()
+        require_libraries(phase)
 
 
 def check_model(recipe: Recipe, source: Path, tokenizer: Any) -> None:
     """What the model's directory must offer: whole files, a long enough context, a chat template to score conversations.
 
     Raises:
-        AddlangError: naming what is missing, torn or too short.
+        AddlangError: naming what is missing, torn, too short or contradictory.
     """
     from addlang.data.chat import require_chat_template
     from addlang.evaluation import context_length
-    from addlang.models import Checkpoint
+    from addlang.models import Checkpoint, skeleton
+    from addlang.train.optimizers import check_types
 
-    Checkpoint(source)  # complete and whole, as its headers say
+    stored = Checkpoint(source)  # complete and whole, as its headers say
     longest = context_length(source)
     window = recipe.evaluation.sequence_length
     if window is not None and window > longest:
@@ -471,6 +480,10 @@ def check_model(recipe: Recipe, source: Path, tokenizer: Any) -> None:
                 f"phase '{phase.name}': sequence_length {phase.sequence_length} is longer than the model's context of {longest} tokens",
                 f"set sequence_length to {longest} or less",
             )
+        check_types(phase, stored.dtype)
+        if phase.execution != "auto":
+            model = skeleton(source)
+            phase.strategy.check_execution(model, phase.strategy.outline(model), phase.execution)
     needs = [what for p in recipe.phases for part in (p.strategy, *p.all_guards) for what in part.requires()]
     if "source_text" in needs or "chat_template" in needs:
         require_chat_template(tokenizer)

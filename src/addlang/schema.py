@@ -389,6 +389,11 @@ class Phase(TrainSettings):
                 raise ValueError(
                     f"no_previous_weights: '{holding[0]}' holds training to what the phase starts from; leave it out"
                 )
+        if self.embedding_learning_rate and not (self.strategy.train_embeddings or self.strategy.train_lm_head):
+            raise ValueError(
+                "embedding_learning_rate is set, but neither the embedding nor the head is trained; leave it out, or set "
+                "train_embeddings or train_lm_head in the strategy"
+            )
         if self.parts and self.replay is not None:
             raise ValueError("a mixture has the data of all phases; it takes no replay")
         if self.parts and sum(part.datasets for part in self.parts) != len(self.datasets):

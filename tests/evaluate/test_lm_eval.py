@@ -140,6 +140,13 @@ def test_other_data_are_another_task(model: Any, tokenizer: Any, folder: Path) -
         paired_difference(before, after)
 
 
+def test_a_task_of_ones_own_does_not_wait_for_those_of_the_harness(
+    model: Any, tokenizer: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness, "_manager", lambda: pytest.fail("14,000 task files were read"))
+    assert len(run(model, tokenizer, [str(folder / "choice.yaml")])) == 1
+
+
 def test_a_group_is_one_measurement_over_all_items(model: Any, tokenizer: Any, folder: Path) -> None:
     for name in ("one", "two"):
         (folder / f"{name}.yaml").write_text(CHOICE.replace("tiny_choice", name))

@@ -119,6 +119,16 @@ class Strategy(BaseModel):
         """What training keeps in memory: which of the model's own elements it trains, and how many elements besides."""
         return plan, 0
 
+    def check_execution(self, model: nn.Module, plan: FreezePlan, execution: str) -> None:
+        """Whether the plan can be obeyed as asked; the model may be on the meta device, the plan an outline.
+
+        Raises:
+            AddlangError: it cannot; the reason is named.
+        """
+        from addlang.freeze.execution import check_execution
+
+        check_execution(model, plan, execution)
+
     def attach(self, model: nn.Module, plan: FreezePlan, execution: str, *, masters: bool = True) -> Attached:
         """Realise the plan on the model, before sharding and before the optimizer is built."""
         from addlang.freeze.execution import attach_plan
