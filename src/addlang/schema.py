@@ -389,6 +389,17 @@ class Phase(TrainSettings):
                 raise ValueError(
                     f"no_previous_weights: '{holding[0]}' holds training to what the phase starts from; leave it out"
                 )
+        if twice := {g.name for g in self.guards} & {g.name for g in self.strategy.guards()}:
+            name = min(twice)
+            raise ValueError(
+                f"strategy '{self.strategy.name}' brings the guard {name} along; give its options there, or take strategy: full"
+            )
+        if self.read_by_guards >= 0.9:
+            who = ", ".join(f"{g.name} {g.token_share:.0%}" for g in self.all_guards if g.token_share)
+            raise ValueError(
+                f"guards read {self.read_by_guards:.0%} of all tokens ({who}), which leaves too little target text; "
+                "lower their shares"
+            )
         if self.parts and self.replay is not None:
             raise ValueError("a mixture has the data of all phases; it takes no replay")
         if self.parts and sum(part.datasets for part in self.parts) != len(self.datasets):
@@ -420,8 +431,12 @@ class Phase(TrainSettings):
     @property
     def all_guards(self) -> tuple[Any, ...]:
         """The phase's guards and those that its strategy brings along."""
-        own = {g.name for g in self.guards}
-        return (*self.guards, *(g for g in self.strategy.guards() if g.name not in own))
+        return (*self.guards, *self.strategy.guards())
+
+    @property
+    def read_by_guards(self) -> float:
+        """Share of the budget's tokens that guards read."""
+        return float(sum(guard.token_share for guard in self.all_guards))
 
 
 class RepliesEvaluation(Strict):

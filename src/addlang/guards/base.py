@@ -37,6 +37,7 @@ class GuardContext:
         cache_dir: where prepared data are kept; keyed by the guard.
         language: the source language.
         sequence_length, batch: tokens per sequence and sequences per step of the target data.
+        read_by_guards: share of all tokens that the phase's guards read together; target text gets the rest.
         autocast: the factory of contexts in which forward passes run.
         calibration: makes the source-language calibration set.
         progress: called with (done, total, what).
@@ -55,6 +56,7 @@ class GuardContext:
     autocast: Callable[[], AbstractContextManager[Any]]
     calibration: Callable[[], CalibrationSet]
     progress: Callable[[int, int, str], None]
+    read_by_guards: float
 
 
 class ActiveGuard(ABC):
