@@ -113,7 +113,8 @@ def test_python_m_addlang_is_the_same_program() -> None:
 def test_strategies_come_with_paper_and_summary(addlang: Addlang) -> None:
     rows = addlang("strategies", "--json").json
     assert {"full", "ssu"} <= {row["name"] for row in rows}
-    assert all(row["paper"] and row["summary"] and set(row) == {"name", "paper", "summary"} for row in rows)
+    assert all(row["paper"] and row["summary"] and set(row) == {"kind", "name", "paper", "summary"} for row in rows)
+    assert {row["name"] for row in rows if row["kind"] == "guard"} == {"ewc", "kl", "l2sp", "self_anchor"}
     table = addlang("strategies").out
     assert all(row["name"] in table for row in rows)
 

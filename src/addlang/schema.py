@@ -449,6 +449,9 @@ class RepliesEvaluation(Strict):
     max_new_tokens: int = Field(128, gt=0)
 
 
+Shots = Annotated[int, Field(ge=0)]
+
+
 class Evaluation(Strict):
     """What is measured before and after, on the same items."""
 
@@ -471,7 +474,12 @@ class Evaluation(Strict):
     task_roles: Mapping[str, Literal["source", "target", "safety"]] = Field(
         {}, description="role of a task; default: source"
     )
-    num_fewshot: int | None = Field(None, ge=0)
+    num_fewshot: Shots | Mapping[str, Shots] | None = Field(
+        None, description="examples in the prompt, of all tasks or by task; None: as the task says"
+    )
+    generation_kwargs: Mapping[str, Mapping[str, Any]] = Field(
+        {}, description="by task: how the harness decodes, as in its task files (temperature, top_p, max_gen_toks, ...)"
+    )
     limit: int | None = Field(None, gt=0, description="items per task")
     replies: RepliesEvaluation | None = RepliesEvaluation()
     batch_size: int = Field(16, gt=0)
@@ -480,6 +488,20 @@ class Evaluation(Strict):
     scale_back: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], BeforeValidator(parse_list)] = Field(
         (), description="also measure the source model plus these shares of the whole update: w0 + a (w - w0)"
     )
+
+    @model_validator(mode="after")
+    def _settings_of_tasks_are_of_tasks_that_are_run(self) -> Evaluation:
+        shots = self.num_fewshot if isinstance(self.num_fewshot, Mapping) else {}
+        for key, by_task in (("num_fewshot", shots), ("generation_kwargs", self.generation_kwargs)):
+            if odd := sorted(set(by_task) - set(self.tasks)):
+                raise ValueError(
+                    f"{key}: '{odd[0]}' is none of the tasks ({', '.join(self.tasks) or 'there are none'})"
+                )
+        return self
+
+    def shots(self, task: str) -> int | None:
+        """Examples in the prompt of a task; None: as the task says."""
+        return self.num_fewshot.get(task) if isinstance(self.num_fewshot, Mapping) else self.num_fewshot
 
 
 def template_file(name: str | None, base_dir: Path | None) -> Path | None:

@@ -122,21 +122,30 @@ def available() -> list[str]:
     )
 
 
+def load_guard(name: str) -> type[Guard]:
+    """The guard class of that name.
+
+    Raises:
+        AddlangError: unknown name, with the nearest known one.
+    """
+    key = str(name).replace("-", "_").lower()
+    if key not in available():
+        raise AddlangError(f"unknown guard '{name}'", did_you_mean(str(name), available()))
+    module = importlib.import_module(f"addlang.guards.{key}")
+    return next(
+        v
+        for v in vars(module).values()
+        if isinstance(v, type) and issubclass(v, Guard) and v.__module__ == module.__name__ and v.name == key
+    )
+
+
 def make_guard(name: str, options: Mapping[str, Any]) -> Guard:
     """Build a guard from its name and options.
 
     Raises:
         AddlangError: unknown name or option, or a bad value.
     """
-    key = str(name).replace("-", "_").lower()
-    if key not in available():
-        raise AddlangError(f"unknown guard '{name}'", did_you_mean(str(name), available()))
-    module = importlib.import_module(f"addlang.guards.{key}")
-    cls = next(
-        v
-        for v in vars(module).values()
-        if isinstance(v, type) and issubclass(v, Guard) and v.__module__ == module.__name__ and v.name == key
-    )
+    cls = load_guard(name)
     try:
         return cls.model_validate(dict(options))
     except ValidationError as error:

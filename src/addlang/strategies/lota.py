@@ -136,7 +136,7 @@ def train_briefly(attached: Any, inputs: PlanInputs, settings: TrainSettings, ra
         if micro_batches is None:
             raise AddlangError(
                 f"lota warms up for {steps} steps, but the phase has data for {step - 1} only",
-                "lower warmup_steps or raise tokens",
+                "lower strategy.warmup_steps or raise tokens",
             )
         labels = sum(int((b["labels"][:, 1:] != -100).sum()) for b in micro_batches)
         for batch in micro_batches:
