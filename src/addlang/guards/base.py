@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from addlang.errors import AddlangError, did_you_mean
+from addlang.errors import AddlangError, did_you_mean, options_at
 
 if TYPE_CHECKING:
     import torch
@@ -153,8 +153,9 @@ def make_guard(name: str, options: Mapping[str, Any]) -> Guard:
         for e in error.errors():
             option = ".".join(map(str, e["loc"]))
             if e["type"] == "extra_forbidden":
-                lines.append(f"guard '{name}': unknown option '{option}'. {did_you_mean(option, cls.model_fields)}")
+                lines.append(f"guard '{name}': unknown option '{option}'. {did_you_mean(*options_at(cls, e['loc']))}")
             else:
                 message = e["msg"].removeprefix("Value error, ")
-                lines.append(f"guard '{name}', option '{option}': {message} (given: {e.get('input')!r})")
+                given = f", option '{option}': {message} (given: {e.get('input')!r})" if option else f": {message}"
+                lines.append(f"guard '{name}'{given}")
         raise AddlangError("; ".join(lines)) from None
