@@ -113,7 +113,8 @@ def test_python_m_addlang_is_the_same_program() -> None:
 def test_strategies_come_with_paper_and_summary(addlang: Addlang) -> None:
     rows = addlang("strategies", "--json").json
     assert {"full", "ssu"} <= {row["name"] for row in rows}
-    assert all(row["paper"] and row["summary"] and set(row) == {"name", "paper", "summary"} for row in rows)
+    assert all(row["paper"] and row["summary"] and set(row) == {"kind", "name", "paper", "summary"} for row in rows)
+    assert {row["name"] for row in rows if row["kind"] == "guard"} == {"ewc", "kl", "l2sp", "self_anchor"}
     table = addlang("strategies").out
     assert all(row["name"] in table for row in rows)
 
@@ -210,6 +211,19 @@ def test_overrides_of_run_are_checked_like_the_file(addlang: Addlang, recipe: Pa
         result = addlang("run", recipe, *arguments)
         assert result.code == 1
         assert message in result.err
+
+
+def test_options_of_the_self_anchor_are_reached_by_dots(addlang: Addlang, world: World, tmp_path: Path) -> None:
+    arguments = ["adapt", world.model, world.text, "--language", "sw", "--output_dir", tmp_path / "out", "--dry-run"]
+    for key in ("--strategy.anchor.share", "--anchor.share"):
+        found = addlang(*arguments, "--strategy", "self_anchor", key, 0.4, "--json").json
+        assert found["phases"][0]["strategy"]["anchor"]["share"] == 0.4
+    shown = addlang(*arguments, "--strategy", "self_anchor", "--anchor.shar", 0.4)
+    assert "unknown option 'anchor.shar'. Did you mean 'share'?" in shown.err
+    assert (
+        "'anchor' is already set"
+        in addlang(*arguments, "--anchor", 1, "--anchor.share", 0.4, "--strategy", "self_anchor").err
+    )
 
 
 def test_all_mistakes_of_adapt_stand_in_one_message(addlang: Addlang, world: World, tmp_path: Path) -> None:

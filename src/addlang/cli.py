@@ -270,7 +270,8 @@ def strategies(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """List the methods, each with its paper."""
+    """List the methods, each with its paper, and the guards that combine with any of them."""
+    from addlang import guards
     from addlang.strategies import available, load_strategy
 
     if table:
@@ -302,13 +303,23 @@ def strategies(
         measured_columns = ["time / full here", "memory / full here"] if measure else []
         render_table(["strategy", "trained", "FLOPs / full", "optimizer / full", *measured_columns, "note"], cells)
         return
-    rows = [{"name": c.name, "paper": c.paper, "summary": c.summary} for c in map(load_strategy, available())]
+    rows = [
+        {"kind": kind, "name": c.name, "paper": c.paper, "summary": c.summary}
+        for kind, classes in (
+            ("strategy", map(load_strategy, available())),
+            ("guard", map(guards.load_guard, guards.available())),
+        )
+        for c in classes
+    ]
     if as_json:
         emit(rows)
         return
     from addlang.report import render_table
 
-    render_table(["strategy", "what it does", "paper"], [[r["name"], r["summary"], r["paper"]] for r in rows])
+    for kind in ("strategy", "guard"):
+        lines = [[r["name"], r["summary"], r["paper"]] for r in rows if r["kind"] == kind]
+        render_table([kind, "what it does", "paper"], lines)
+        print()
 
 
 @app.command()

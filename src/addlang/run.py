@@ -283,6 +283,7 @@ def start_guards(
                     phase.calibration, tokenizer, language=run.recipe.source_language, base_dir=base_dir
                 ),
                 progress=lambda done, total, _what, bar=bar: _advance(bar, done, total),  # type: ignore[misc]
+                read_by_guards=phase.read_by_guards,
             )
             active.append(guard.start(context))
     run.update(guards={**run.state.get("guards", {}), phase.name: [g.describe() for g in active]})
@@ -463,6 +464,7 @@ def check_model(recipe: Recipe, source: Path, tokenizer: Any) -> None:
     """
     from addlang.data.chat import require_chat_template
     from addlang.evaluation import context_length
+    from addlang.guards.sampling import turn_frame
     from addlang.models import Checkpoint, skeleton
     from addlang.train.optimizers import check_types
 
@@ -487,6 +489,8 @@ def check_model(recipe: Recipe, source: Path, tokenizer: Any) -> None:
     needs = [what for p in recipe.phases for part in (p.strategy, *p.all_guards) for what in part.requires()]
     if "source_text" in needs or "chat_template" in needs:
         require_chat_template(tokenizer)
+    if "chat_template" in needs:
+        turn_frame(tokenizer)  # conversations can be sampled
 
 
 def check_calibration(run: RunDir, tokenizer: Any, base_dir: Path | None) -> None:
@@ -494,7 +498,8 @@ def check_calibration(run: RunDir, tokenizer: Any, base_dir: Path | None) -> Non
     from addlang.data.calibration import calibration_batches
 
     for phase in run.recipe.phases:
-        if "source_text" in phase.strategy.requires() and not run.done(f"plan:{phase.name}"):
+        needs = {what for part in (phase.strategy, *phase.all_guards) for what in part.requires()}
+        if "source_text" in needs and not run.done(f"plan:{phase.name}"):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", AddlangWarning)  # they come again, and to the report, when it is used
                 calibration_batches(

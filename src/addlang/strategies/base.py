@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from addlang.errors import AddlangError, did_you_mean
+from addlang.errors import AddlangError, did_you_mean, options_at
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -334,7 +334,7 @@ def make_strategy(name: str, options: Mapping[str, Any]) -> Strategy:
         for e in error.errors():
             key = ".".join(map(str, e["loc"]))
             if e["type"] == "extra_forbidden":
-                lines.append(f"strategy '{name}': unknown option '{key}'. {did_you_mean(key, cls.model_fields)}")
+                lines.append(f"strategy '{name}': unknown option '{key}'. {did_you_mean(*options_at(cls, e['loc']))}")
             else:
                 message = e["msg"].removeprefix("Value error, ")
                 given = f", option '{key}': {message} (given: {e.get('input')!r})" if key else f": {message}"
