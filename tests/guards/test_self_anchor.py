@@ -15,6 +15,7 @@ from tiny import make_model, make_tokenizer
 
 from addlang.errors import AddlangError
 from addlang.guards import GuardContext, make_guard
+from addlang.guards.anchored import rows_at_a_time
 from addlang.guards.sampling import turn_frame
 from addlang.guards.teacher import RowOrder, Teacher, ask, divergence, model_positions, pack_rows
 from addlang.strategies import PlanInputs, make_strategy
@@ -344,6 +345,15 @@ def test_skipped_instructions_and_full_openings_are_left_out_and_counted(
     assert (about["sampled_openings"], about["sampled_largest_opening"]) == (2, 0.5)
 
 
+def test_openings_are_those_of_the_conversations_that_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last batch gives more than are wanted."""
+    monkeypatch.setattr("addlang.evaluate.generation.sample", Writer(["sort # now please"], ["sat #"]))
+    options = {"conversations": 6, **LOOSE, "sampling_batch_size": 5}
+    about = make_guard("self_anchor", options).start(context(make_model("llama"), tmp_path)).describe()
+    assert (about["sampled_drawn"], about["sampled_conversations"], about["sampled_openings"]) == (10, 6, 6)
+    assert about["sampled_largest_opening"] == pytest.approx(1 / 6)
+
+
 def test_a_skip_that_finds_nothing_or_is_no_expression_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -353,3 +363,19 @@ def test_a_skip_that_finds_nothing_or_is_no_expression_is_an_error(
         guard.start(context(make_model("llama"), tmp_path))
     with pytest.raises(AddlangError, match="no regular expression"):
         make_guard("self_anchor", {"skip": ["("]})
+
+
+def test_rows_of_a_forward_pass_keep_logits_small_and_conversations_apart(tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    def rows(vocabulary: int, attention: str, device: str) -> int:
+        head = SimpleNamespace(weight=SimpleNamespace(shape=(vocabulary, 8)))
+        config = SimpleNamespace(_attn_implementation=attention)
+        model = SimpleNamespace(get_output_embeddings=lambda: head, config=config)
+        return rows_at_a_time(context(model, tmp_path, sequence_length=512, device=torch.device(device)))
+
+    assert rows(300, "sdpa", "cpu") == 8
+    assert rows(300, "sdpa", "cuda") == 32
+    assert rows(100_352, "sdpa", "cuda") == 5  # 5 x 512 x 100,352 fp32 numbers are 0.96 GiB
+    assert rows(10**9, "sdpa", "cuda") == 1
+    assert rows(300, "flash_attention_2", "cuda") == 1

@@ -49,7 +49,12 @@ def stored_teacher(
 
 
 def rows_at_a_time(context: GuardContext) -> int:
-    """Rows per forward pass: so many that their fp32 logits take at most 1 GiB."""
+    """Rows per forward pass: so many that their fp32 logits take at most 1 GiB.
+
+    One with FlashAttention, which keeps packed conversations apart in batches of one row only (transformers).
+    """
+    if str(getattr(context.model.config, "_attn_implementation", "")).startswith("flash"):
+        return 1
     tokens = 16_384 if context.device.type == "cuda" else 4_096
     vocabulary = int(context.model.get_output_embeddings().weight.shape[0])
     return max(1, min(tokens, LOGITS // vocabulary) // context.sequence_length)

@@ -125,6 +125,7 @@ def sample_conversations(
     seen: set[str] = set()
     dropped: Counter[str] = Counter()
     openings: Counter[str] = Counter()
+    opened: list[str] = []
     skipped = Counter(dict.fromkeys(guard.skip, 0))
     examples: list[dict[str, str]] = []
     drawn, block, known = 0, 0, iter([row["turns"] for row in journal.rows])
@@ -196,6 +197,7 @@ def sample_conversations(
                 dropped["opening that others have"] += 1
                 continue
             openings[opening(text)] += 1
+            opened.append(opening(text))
             kept.append(conversation)
             if len(examples) < EXAMPLES:
                 examples.append({"instruction": text, "answer": answer})
@@ -208,8 +210,8 @@ def sample_conversations(
         "conversations": guard.conversations,
         "drawn": drawn,
         "dropped": dict(dropped),
-        "openings": len(openings),
-        "largest_opening": max(openings.values()) / sum(openings.values()),
+        "openings": len(set(opened[: guard.conversations])),
+        "largest_opening": max(Counter(opened[: guard.conversations]).values()) / guard.conversations,
         "examples": examples,
     }
 
