@@ -469,3 +469,21 @@ def test_types_that_do_not_fit_are_refused() -> None:
     attach_plan(model, make_plan(model), "split")
     with pytest.raises(AddlangError, match=r"torch\.autocast"):
         model.model.layers[0].mlp.up_proj(torch.randn(2, 32, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("case", ["olmo2", "llama-bias"])
+def test_a_checkpoint_keeps_no_copy_of_a_block_s_input(case: str) -> None:
+    """OLMo 2 has no norm before attention: q, k and v read the very tensor that the checkpoint keeps."""
+    model = make(case, torch.bfloat16)
+    SplitAttached(model, make_plan(model), form="assemble")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    inputs: list[Tensor] = []
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(input_ids=batches(1)[0], use_cache=False).logits.float().sum()
+    kept = [x for x in inputs if hasattr(x, "_addlang_cast")]
+    loss.backward()
+    assert len(inputs) >= len(model.model.layers)
+    assert inputs[0].dtype == torch.float32  # it would have to be cast
+    assert not kept
