@@ -93,8 +93,9 @@ def study_html(data: Mapping[str, Any]) -> str:
             settings=settings,
             notes=_notes(data),
             equal_lead=f"Each arm against {data['reference']} at the highest gain that both reach with every seed, read off "
-            "linearly on the front of each one's own learning rates, seed by seed; an arm with one learning rate, at what it gained. Paired t tests over seeds, Holm's correction. The last "
-            "column is the difference averaged over all gains that both span.",
+            "linearly on the front of each one's own learning rates, seed by seed; an arm with one learning rate, at what "
+            "it gained. Paired t tests over seeds, Holm's correction. The last column is the difference averaged over all "
+            "gains that both span.",
             command=data["command"],
             run_columns=["run", "tokens", "training time", "trained", "proof"],
             runs=[
