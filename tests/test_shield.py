@@ -156,3 +156,20 @@ def assert_ordinary_keys(folder: Path, source: dict[str, Tensor]) -> None:
 
     with safe_open(str(folder / "model.safetensors"), "pt") as f:
         assert set(f.keys()) == set(source)
+
+
+def test_a_model_that_is_sharded_already_is_refused_by_name() -> None:
+    """Also one loaded with a tensor-parallel plan: rows of its weights lie elsewhere."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = make("olmo2")
+    plan = make_plan(model)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(AddlangError, match=r"is sharded already(.|\n)*then shard it"):
+            shield(model, plan)
+    finally:
+        dist.destroy_process_group()
