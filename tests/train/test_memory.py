@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from addlang.freeze.plan import FreezePlan
+from addlang.freeze.plan import FreezePlan, Frozen
 from addlang.planning import fit_gpu
 from addlang.strategies import make_strategy
 from addlang.strategies.costs import PRESETS
@@ -147,3 +147,24 @@ def test_passes_need_something_besides_whatever_gradients_wait(checkpointing: bo
     parts = estimate(config, plan, settings, micro=1, stored_bytes=2, compute_bytes=2, form="masked")
     assert parts["activations"] > 0
     assert parts["total"] == sum(v for k, v in parts.items() if k != "total")
+
+
+@pytest.mark.parametrize("strategy", ["full", "hft"])
+def test_a_plan_of_whole_tensors_needs_the_same_in_every_form(strategy: str) -> None:
+    config, _, plan = preset("olmo2-7b", strategy=strategy)
+    settings: dict[str, Any] = {"micro": 8, "stored_bytes": 2, "compute_bytes": 2}
+    masked, assemble = (estimate(config, plan, phase(), form=form, **settings) for form in ("masked", "assemble"))
+    assert masked == assemble
+
+
+def test_frozen_token_rows_make_no_embedding_split() -> None:
+    config, _, plan = preset("olmo2-7b")
+    rows = {n: e for n, e in plan.entries.items() if e.shape == (config.vocab_size, config.hidden_size)}
+    assert len(rows) == 2
+    some = {n: Frozen(e.shape, "rows", torch.arange(10)) for n, e in rows.items()}
+    settings: dict[str, Any] = {"micro": 1, "stored_bytes": 2, "compute_bytes": 2, "form": "resident"}
+    free, held = (
+        estimate(config, FreezePlan({**plan.entries, **e}), phase(), **settings)
+        for e in ({n: Frozen(x.shape, "none") for n, x in rows.items()}, some)
+    )
+    assert free == held

@@ -13,7 +13,7 @@ from addlang.train.shard import ALONE, World, sharding_of
 if TYPE_CHECKING:
     import torch
 
-    from addlang.freeze.plan import FreezePlan
+    from addlang.freeze.plan import FreezePlan, Frozen
     from addlang.recipe import Phase
 
 GIB = 2**30
@@ -52,13 +52,17 @@ def estimate(
         ``gradients``, ``optimizer``, ``guards``, ``activations`` (what passes and loss need besides, less the gradients
         that are not yet there at that moment) and their ``total``.
     """
+    outer = (config.vocab_size, config.hidden_size)  # embedding and head: never split, a frozen row is laid over
+    splits = [e for e in plan.entries.values() if len(e.shape) > 1 and e.shape != outer and _partly(e)]
+    if form != "masked" and not splits:
+        form = "masked"  # whole tensors only: every layer is an ordinary one
     trained, frozen, partly, restored = besides, 0, 0, 0
     for entry in plan.entries.values():
         free = entry.numel - entry.frozen_count
-        n = entry.numel if form == "masked" and free else free
+        n = entry.numel if free and (form == "masked" or entry.shape == outer) else free
         trained += n
         frozen += entry.numel - n
-        if 0 < free < entry.numel:
+        if _partly(entry) and entry.shape != outer:
             partly += entry.numel
             if form == "masked":
                 restored += entry.frozen_count  # their values are kept besides, to be put back after every step
@@ -77,8 +81,7 @@ def estimate(
         # two layers (one is fetched ahead) in the compute type with one layer's gradients; embedding and head whole
         gathered = (2 * compute_bytes + master) * body // layers
         gathered += (1 if tied else 2) * head * 2 * master
-    # the input embedding and the head, by their shapes; those of a tied model are one
-    outside = [e for e in plan.entries.values() if e.shape == (config.vocab_size, config.hidden_size)]
+    outside = [e for e in plan.entries.values() if e.shape == outer]  # one where they are tied
     embedding = outside[0] if outside else None
     # the 8-bit optimizer keeps fp32 moments for the input embedding, if that is trained
     wide = 6 * head if phase.optimizer == "adamw_8bit" and embedding and embedding.frozen_count < embedding.numel else 0
@@ -112,6 +115,10 @@ def estimate(
         head=(others[0] if others else first) if outside else 0,
     )
     return {**parts, "total": sum(parts.values())}
+
+
+def _partly(entry: Frozen) -> bool:
+    return 0 < entry.frozen_count < entry.numel
 
 
 def passes(
