@@ -289,6 +289,21 @@ def test_plan_refuses_what_a_run_on_as_many_devices_would(addlang: Addlang, reci
     assert spread["optimizer"] == pytest.approx(copied["optimizer"] / 2, rel=0.01)
 
 
+def test_plan_needs_no_weights_and_says_whose_type_it_reckons_with(
+    addlang: Addlang, recipe: Path, world: World, tmp_path: Path
+) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in Path(world.model).iterdir():
+        if file.suffix != ".safetensors":
+            (bare / file.name).symlink_to(file)
+    whole = addlang("plan", recipe, "--json").json
+    plan = addlang("plan", recipe, "--model_name_or_path", bare, "--json").json
+    assert any("has no weights" in n for n in plan["phases"][0]["notes"])
+    assert plan["phases"][0]["memory"] == whole["phases"][0]["memory"]
+    assert plan["disk_bytes"] == whole["disk_bytes"]
+
+
 def test_evaluate_measures_a_model_and_the_difference_of_two(
     addlang: Addlang, recipe: Path, world: World, tmp_path: Path
 ) -> None:

@@ -368,6 +368,30 @@ def test_torn_weights_are_named(
 
 
 @pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda tensors, name: tensors.pop(name), "has no tensor '{}'"),
+        (lambda tensors, name: tensors.update({name: tensors[name].to(torch.int8)}), "'{}' of .* is of type I8"),
+    ],
+    ids=["missing", "integers"],
+)
+def test_a_weight_that_the_checkpoint_lacks_is_named_and_never_drawn_at_random(
+    damage: Callable[[dict[str, torch.Tensor], str], object], message: str, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from addlang.models import load_model
+
+    file = save_model(tmp_path / "model") / "model.safetensors"
+    tensors, name = load_file(file), "model.layers.0.self_attn.q_proj.weight"
+    load_model(file.parent)
+    damage(tensors, name)
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(AddlangError, match=message.format(name)):
+        load_model(file.parent)
+
+
+@pytest.mark.parametrize(
     ("file", "content", "message"),
     [
         ("config.json", "{torn", "not a valid JSON"),

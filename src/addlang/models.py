@@ -12,7 +12,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,6 +28,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "spiece.model",
 )  # fmt: skip
+FLOATS = ("F64", "F32", "F16", "BF16")  # types of weights, as safetensors names them
 SNAPSHOT_PATTERNS = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -167,13 +168,14 @@ def load_model(
         if getattr(config, key, 0):
             setattr(config, key, 0.0)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loading = AutoModelForCausalLM.from_pretrained(
             str(directory),
             config=config,
             dtype=dtype or checkpoint.dtype,
             use_safetensors=True,
             trust_remote_code=False,
             attn_implementation=attn_implementation,
+            output_loading_info=True,
         )
     except ImportError as error:
         raise AddlangError(
@@ -182,6 +184,7 @@ def load_model(
         ) from error
     except (OSError, ValueError, RuntimeError) as error:
         raise AddlangError(f"{directory}: the model cannot be loaded: {_first_line(error)}") from error
+    _require_every_weight(model, loading, checkpoint)
     model.to(device)
     model.eval()
     return model
@@ -207,6 +210,36 @@ def skeleton(directory: Path) -> Any:
         ) from error
     model.tie_weights()
     return model
+
+
+def weights_at_hand(directory: Path) -> bool:
+    """Whether a model directory has weights at all; False: configuration and tokenizer can be read, and nothing more."""
+    return any(any(directory.glob(pattern)) for pattern in ("*.safetensors", "*.safetensors.index.json", "*.bin"))
+
+
+def stored_dtype(directory: Path, config: Any) -> torch.dtype:
+    """Type that the weights are stored in; what the configuration says where they are not at hand."""
+    import torch
+
+    return (
+        Checkpoint(directory).dtype if weights_at_hand(directory) else getattr(config, "dtype", None) or torch.float32
+    )
+
+
+def _require_every_weight(model: Any, loading: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    """transformers draws at random what a checkpoint lacks, and reads integers as if they were weights."""
+    if missing := sorted(loading["missing_keys"]):
+        raise AddlangError(
+            f"{checkpoint.directory} has no tensor '{missing[0]}'"
+            + (f" ({len(missing)} are missing)" if len(missing) > 1 else ""),
+            "copy the model again",
+        )
+    for name, _ in model.named_parameters():
+        if (kind := checkpoint.header.get(name, ("F32",))[0]) not in FLOATS:
+            raise AddlangError(
+                f"'{name}' of {checkpoint.directory} is of type {kind}: the checkpoint is quantised",
+                "use the unquantised checkpoint",
+            )
 
 
 def apply_liger(model: Any) -> None:

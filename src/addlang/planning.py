@@ -30,7 +30,7 @@ def plan_run(
 
     from addlang.data.prepare import prepare
     from addlang.freeze.split import why_not_split
-    from addlang.models import Checkpoint, load_tokenizer, parameter_kinds, resolve, skeleton
+    from addlang.models import load_tokenizer, parameter_kinds, resolve, skeleton, stored_dtype, weights_at_hand
     from addlang.run import check_model, describe, prepare_device
     from addlang.train.loop import compute_dtype
     from addlang.train.memory import GIB, USABLE, estimate, form_of, optimizer_bytes
@@ -41,12 +41,12 @@ def plan_run(
 
     source = resolve(recipe.model_name_or_path, recipe.revision)
     tokenizer = load_tokenizer(source, recipe.template_path(base_dir))
-    check_model(recipe, source, tokenizer)
-    stored = Checkpoint(source)
+    check_model(recipe, source, tokenizer, weights=weights_at_hand(source))
     here = prepare_device(recipe)
     device = here if gpu is None else torch.device("cuda")
     model = skeleton(source)
     config = model.config
+    stored = stored_dtype(source, config)
     kinds = parameter_kinds(model)
     phases = []
     for phase in recipe.phases:
@@ -56,7 +56,7 @@ def plan_run(
         micro = micro_batch(phase, data.batch_size, device.type, devices)
         refused = why_not_split(model, plan)
         masked = phase.execution == "masked" or refused is not None
-        dtype = compute_dtype(phase, device) or stored.dtype
+        dtype = compute_dtype(phase, device) or stored
         groups: dict[str, list[int]] = {}
         for name, entry in plan.entries.items():
             row = groups.setdefault(kinds[name].group, [0, 0])
@@ -65,19 +65,23 @@ def plan_run(
         kept, besides = phase.strategy.footprint(model, plan)
         about: dict[str, Any] = {
             "besides": besides,
-            "stored_bytes": stored.dtype.itemsize,
+            "stored_bytes": stored.itemsize,
             "compute_bytes": dtype.itemsize,
             "form": form_of(plan, phase, splittable=refused is None),
             "shards": devices if sharding == "fsdp" else 1,
             "accumulated": data.batch_size > micro * devices,
         }
         steps, tokens, notes = data.sequences // data.batch_size, data.card["tokens"], list(data.card["notes"])
+        if not weights_at_hand(source):
+            notes.append(
+                f"{source} has no weights: their type ({str(stored).removeprefix('torch.')}) is the configuration's"
+            )
         if data.pool is not None:
             longer = 1 + data.pool.replay.share if data.pool.replay.mode == "append" else 1.0
             steps, tokens = math.ceil(steps * longer), round(tokens * longer)
             notes.append(f"{data.pool.replay.share:.0%} replay is still to be written by the model before this phase")
         warmup(phase, steps)
-        master = 4 if phase.master_weights == "fp32" else stored.dtype.itemsize
+        master = 4 if phase.master_weights == "fp32" else stored.itemsize
         memory = estimate(config, kept, phase, micro=micro, **about)
         seconds = None
         if probe:
@@ -105,7 +109,7 @@ def plan_run(
                 "checkpoint_bytes": round((kept.trainable_count + besides) * (master + optimizer_bytes(phase, master))),
             }
         )
-    weights = sum(math.prod(shape) for _, shape in stored.header.values()) * stored.dtype.itemsize
+    weights = sum(p.numel() for p in model.parameters()) * stored.itemsize
     disk = weights * len(recipe.phases) + max(
         (p["checkpoint_bytes"] * (ph.save_total_limit + 1) for p, ph in zip(phases, recipe.phases, strict=True)),
         default=0,

@@ -456,8 +456,11 @@ def check_requirements(recipe: Recipe) -> None:
         require_libraries(phase)
 
 
-def check_model(recipe: Recipe, source: Path, tokenizer: Any) -> None:
+def check_model(recipe: Recipe, source: Path, tokenizer: Any, *, weights: bool = True) -> None:
     """What the model's directory must offer: whole files, a long enough context, a chat template to score conversations.
+
+    Args:
+        weights: False: they are not at hand, and not needed.
 
     Raises:
         AddlangError: naming what is missing, torn, too short or contradictory.
@@ -468,7 +471,7 @@ def check_model(recipe: Recipe, source: Path, tokenizer: Any) -> None:
     from addlang.models import Checkpoint, skeleton
     from addlang.train.optimizers import check_types
 
-    stored = Checkpoint(source)  # complete and whole, as its headers say
+    stored = Checkpoint(source).dtype if weights else None  # complete and whole, as its headers say
     longest = context_length(source)
     window = recipe.evaluation.sequence_length
     if window is not None and window > longest:
@@ -482,7 +485,8 @@ def check_model(recipe: Recipe, source: Path, tokenizer: Any) -> None:
                 f"phase '{phase.name}': sequence_length {phase.sequence_length} is longer than the model's context of {longest} tokens",
                 f"set sequence_length to {longest} or less",
             )
-        check_types(phase, stored.dtype)
+        if stored is not None:
+            check_types(phase, stored)
         if phase.execution != "auto":
             model = skeleton(source)
             phase.strategy.check_execution(model, phase.strategy.outline(model), phase.execution)

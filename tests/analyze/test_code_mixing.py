@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from addlang.analyze import code_mixing as cm
-from addlang.analyze.base import Context, make_analysis
+from addlang.analyze.base import Context, make_analysis, save
 from addlang.analyze.languages import is_expected
+from addlang.cli import app
 from addlang.errors import AddlangError
 from addlang.schema import DatasetSpec
 
@@ -34,10 +36,16 @@ def test_the_measures_at_the_edges() -> None:
     assert cm.burstiness(["EN", "HI", "EN"]) == -1.0
 
 
-def test_another_measure_can_be_plugged_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_measure_can_be_plugged_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(cm, "METRICS", dict(cm.METRICS))
     cm.register("tokens", lambda tags: float(len(tags)))
     assert cm.summary([VECTOR])["tokens"] == 13.0
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"tags": VECTOR}) + "\n", encoding="utf-8")
+    done = CliRunner().invoke(
+        app, ["analyze", "code-mixing", str(rows), "--tags", "tags", "--output_dir", str(tmp_path)]
+    )
+    assert "13.0000" in done.output, done.exception
 
 
 def test_words_are_tagged_by_the_script_of_their_letters() -> None:
@@ -53,9 +61,12 @@ def files(tmp_path: Path, rows: list[dict[str, object]]) -> Context:
 
 def test_tags_are_read_from_a_column(tmp_path: Path) -> None:
     context = files(tmp_path, [{"tags": VECTOR}, {"tags": "EN EN"}])
-    found = make_analysis("code-mixing", {"tags": "tags"}).run(context).data["sets"]["rows"]
+    analysis = make_analysis("code-mixing", {"tags": "tags"})
+    found = json.loads(save(analysis.run(context), analysis, tmp_path).read_text())["data"]["sets"]["rows"]
+    assert (tmp_path / "code-mixing.svg").is_file()
     assert found["CMI"] == pytest.approx(45.4545 / 2, abs=1e-3)
     assert found["mixed_rows"] == 0.5
+    assert found["languages"] == pytest.approx({"EN": 7 / 15, "HI": 6 / 15, "UNIV": 2 / 15})
     with pytest.raises(AddlangError, match="no list of tags"):
         make_analysis("code-mixing", {"tags": "tag"}).run(context)
 

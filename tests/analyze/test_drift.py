@@ -11,6 +11,7 @@ from tiny import make_model, make_tokenizer, save_model
 
 from addlang.analyze.base import Context, make_analysis
 from addlang.analyze.drift import covariance_change
+from addlang.analyze.plots import write_figure
 from addlang.analyze.states import mean_states
 from addlang.errors import AddlangError
 
@@ -83,7 +84,9 @@ def test_the_analysis_gives_a_row_per_layer_and_an_unchanged_model_zero(tmp_path
 def test_the_papers_centring_over_layers_gives_one_covariance(tmp_path: Path) -> None:
     result = make_analysis("drift", {"limit": 6, "center": "across_layers"}).run(context(tmp_path, a=0, b=1))
     assert len(result.data["drift"]["b"]) == 1
-    assert result.draw is None
+    assert result.draw is not None
+    write_figure(tmp_path / "drift.svg", result.draw, result.size)  # a bar per model
+    assert (tmp_path / "drift.svg").read_text().startswith("<?xml")
 
 
 def test_models_of_other_widths_are_refused(tmp_path: Path) -> None:

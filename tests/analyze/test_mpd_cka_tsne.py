@@ -35,6 +35,12 @@ def test_mpd_is_normalised_by_the_largest_of_the_set(tmp_path: Path) -> None:
     shares = [p["normalised"] for p in result.data["pairs"]]
     assert max(shares) == 1.0
     assert 0 < min(shares) < 1
+    for reading in ("tensor", "scalar"):
+        top = max(p[reading] for p in result.data["pairs"])
+        assert [p[f"{reading}_normalised"] for p in result.data["pairs"]] == [
+            p[reading] / top for p in result.data["pairs"]
+        ]
+    assert result.columns == ["models", "MPD per tensor", "normalised", "MPD per scalar", "normalised"]
 
 
 def test_mpd_refuses_checkpoints_that_differ_in_shape(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,15 @@ def test_an_update_that_loses_is_scaled_back_and_the_result_says_how(
     card = (out / "README.md").read_text()
     assert "Scaled back to a budget" in card
     assert "subject to the error of one test" in card
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert all(f"{p['share']:.3f}" in page for p in budget["points"])
+    tested = sum(
+        p["items_used"] == budget["chosen"]["items_used"] and p["parts"] == budget["chosen"]["parts"]
+        for p in budget["points"]
+    )
+    assert page.count("<circle") == 2 * tested  # wide and narrow
+    assert "bound 90" in page
+    assert not re.search(r'(src|href)="https?:', page)
     assert verify_merge(out)["ok"]
     for end in (Path(world.model), run):
         assert any(not torch.equal(weights(out)[n], t) for n, t in weights(end).items())

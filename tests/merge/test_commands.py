@@ -108,6 +108,8 @@ def test_a_file_of_mergekit_is_carried_out(here: Path, addlang: Addlang) -> None
     assert command.json["hash"] == Checkpoint(here / "out").hash
     other = addlang("merge", "merge.yml", "--restore_special_tokens", C, "--output_dir", "restored", "--json")
     assert other.json["restored_rows"] == 6
+    again = addlang("merge", "merge.yml", "--restore_special_tokens", C, "--output_dir", "restored", "--overwrite")
+    assert "6 rows of special tokens were restored" in again.out
 
 
 def test_a_tampered_merge_fails_to_verify_with_code_4(here: Path, addlang: Addlang) -> None:

@@ -31,6 +31,15 @@ def save(directory: Path, seed: int, more: tuple[str, ...] = (), rows: int | Non
     return directory
 
 
+def save_rows(directory: Path, rows: int) -> None:
+    """Give the model a shorter embedding and leave its tokenizer."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    model.resize_token_embeddings(rows)
+    model.save_pretrained(directory)
+
+
 def embedding(directory: Path) -> torch.Tensor:
     return load_file(directory / "model.safetensors")["model.embed_tokens.weight"]
 
@@ -89,3 +98,18 @@ def test_the_largest_vocabulary_is_found_only_if_it_has_all_tokens() -> None:
     with pytest.raises(AddlangError, match="'x' lacks 1 tokens of 'y', such as 'c'"):
         superset({"x": {"a": 0, "b": 1, "d": 2}, "y": {"c": 0, "a": 1}}, [])
     assert differing({"a": 0, "b": 1}, {"a": 0, "b": 2, "c": 1}) == ["b", "c"]
+
+
+def test_tokens_beyond_the_embedding_have_no_row_and_are_never_cut_silently(tmp_path: Path) -> None:
+    """A tokenizer may number more tokens than its model has rows: the other model's rows for them are not the same."""
+    whole, short = save(tmp_path / "whole", 0, ("ndizi", "papai")), save(tmp_path / "short", 1, ("ndizi", "papai"))
+    save_rows(short, N)
+    spec = {"merge_method": "linear", "models": [str(short), str(whole)]}
+    with pytest.raises(AddlangError, match="embeddings of other sizes"):
+        merge_models(parse({**spec, "tokenizer_source": "ids"}), tmp_path / "out")
+    record = merge_models(parse({**spec, "tokenizer_source": "union"}), tmp_path / "union")
+    assert record["tokens"] == [{"model": str(short), "rows_it_lacks": 2, "tokens_left_out": 0}]
+    assert torch.equal(embedding(tmp_path / "union")[N:], embedding(whole)[N:])
+    record = merge_models(parse({**spec, "tokenizer_source": str(short)}), tmp_path / "cut")
+    assert record["tokens"] == [{"model": str(whole), "rows_it_lacks": 0, "tokens_left_out": 2}]
+    assert "2 of its tokens were left out" in (tmp_path / "cut" / "README.md").read_text(encoding="utf-8")

@@ -211,6 +211,11 @@ def test_quantised_weights_are_refused(models: Path, tmp_path: Path) -> None:
     save_file(found, small / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(AddlangError, match=r"up_proj.weight' of .* is of type F8_E4M3"):
         merge_models(linear(small, models / TUNED), tmp_path / "out")
+    declared = save_model(tmp_path / "declared")
+    config = json.loads((declared / "config.json").read_text())
+    (declared / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(AddlangError, match=r"quantised, as its config\.json says"):
+        merge_models(linear(declared, models / TUNED), tmp_path / "out")
 
 
 @pytest.mark.parametrize(

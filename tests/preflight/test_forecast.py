@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +98,45 @@ def test_advice_takes_the_gain_among_those_that_keep_enough() -> None:
     )
     advice = advise([more, sure, worse], keep=0.97)
     assert advice.candidate is sure
-    assert any("more at 0.001 would gain more" in r for r in advice.reasons)
+    strategy, ratio, rate = advice.choices
+    assert strategy[:2] == ("strategy", "sure")
+    assert "more at 0.001: +0.900 gained, 20.0% lost" in strategy[2]
+    assert ratio == ("ratio", "-", "this strategy has none")
+    assert rate == ("learning rate", "0.001", "no other was probed (--rates)")
     likely = advise([candidate("likely", 0.5, 0.02, 0.1), more], keep=0.97)
     assert likely.candidate is not None
     assert likely.candidate.label == "likely"
     assert "not at its upper end" in likely.reasons[0]
+
+
+def test_ratio_and_learning_rate_have_reasons_of_their_own() -> None:
+    """Each is compared with what was probed in its place and nothing else."""
+
+    def shield(ratio: float, rate: float, gained: float, lost: float | None) -> Candidate:
+        found = candidate("shield", gained, lost)
+        return replace(found, label=f"shield, ratio {ratio}", ratio=ratio, learning_rate=rate)
+
+    rows = [
+        shield(0.5, 2e-3, 0.9, 0.3), shield(0.5, 1e-3, 0.8, 0.1), shield(0.75, 2e-3, 0.7, 0.2),
+        shield(0.75, 1e-3, 0.6, 0.02), candidate("full", 1.0, 0.5),
+    ]  # fmt: skip
+    advice = advise(rows, keep=0.97)
+    assert advice.candidate is rows[3]
+    reasons = {what: (value, reason) for what, value, reason in advice.choices}
+    assert reasons["strategy"] == (
+        "shield",
+        "+0.600 gained, 2.0% lost; in its place full at 0.001: +1.000 gained, 50.0% lost",
+    )
+    assert reasons["ratio"] == (
+        "0.75",
+        "+0.600 gained, 2.0% lost; in its place 0.5 at 0.001: +0.800 gained, 10.0% lost",
+    )
+    assert reasons["learning rate"] == (
+        "0.001",
+        "+0.600 gained, 2.0% lost; in its place 0.002: +0.700 gained, 20.0% lost",
+    )
+    unknown = advise([shield(0.5, 1e-3, 0.8, None), shield(0.75, 1e-3, 0.6, None)], keep=0.97)
+    assert "source changed by 0.100" in unknown.choices[1][2]
 
 
 def test_advice_says_when_nothing_keeps_enough_or_nothing_is_known() -> None:

@@ -15,11 +15,13 @@ from typer.testing import CliRunner
 from addlang.cli import app
 from addlang.lab import lab_model_path
 from addlang.models import load_tokenizer
+from addlang.preflight.answers import answers
 from addlang.preflight.conflict import gradient_conflict
 from addlang.preflight.form import compare_forms, form_of
 from addlang.preflight.run import Settings, preflight
 from addlang.preflight.tokens import byte_characters, fit_of
 from addlang.preflight.watch import Watched, collate, read
+from addlang.report.preflight import preflight_html
 from tinyrun import World
 
 
@@ -106,6 +108,9 @@ def test_the_overlap_of_forms_is_one_minus_the_total_variation() -> None:
     found = compare_forms(["a", "a b"], ["a", "a", "a b", "- x y\n- z w"])
     assert found.overlap == pytest.approx(0.75)
     assert compare_forms(["a"], ["b"]).overlap == 1.0
+    judged = compare_forms(["This is a plain sentence about the weather."], ["a"])
+    assert (judged.model_judged, judged.data_judged) == (1, 0)
+    assert judged.model_languages == {"en": 1.0}
 
 
 @pytest.mark.usefixtures("offline")
@@ -126,9 +131,89 @@ def test_a_preflight_of_a_tiny_run_measures_every_part_and_changes_nothing(world
     assert result["similarity"]["forms"] is None
     assert any("raw text" in note for note in result["notes"])
     assert "guess" in " ".join(result["advice"]["reasons"])
+    assert [c["what"] for c in result["advice"]["choices"]] == ["strategy", "ratio", "learning rate"]
+    said = {a["question"].split()[0]: a["answer"] for a in result["answers"]}
+    assert said == {"Can": "yes", "Are": "yes", "Does": "yes", "Is": "cannot tell"}
     assert {p: p.read_bytes() for p in sorted(Path(world.model).iterdir())} == before
     assert not (tmp_path / "run").exists()
     json.dumps(result, allow_nan=False)
+
+
+@pytest.mark.usefixtures("offline")
+def test_without_weights_the_tokenizer_the_data_and_the_memory_are_looked_at_and_the_rest_is_said(
+    world: World, tmp_path: Path
+) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in Path(world.model).iterdir():
+        if file.suffix != ".safetensors":
+            (bare / file.name).symlink_to(file)
+    recipe = world.recipe(tmp_path / "run", strategy="full", model_name_or_path=str(bare))
+    result = preflight(recipe, Settings(compare=(("ssu", {}),)))
+    assert result["model"]["scores"] == []
+    assert result["model"]["tokenizer"]["target"]["tokens_per_word"] > 1
+    assert result["plan"]["memory"]["total"] > 0
+    assert (result["conflict"], result["probes"], result["advice"]["candidate"]) == (None, None, None)
+    assert "No probe was run" in result["advice"]["reasons"][0]
+    assert next(n for n in result["notes"] if "has no weights" in n).startswith("Scores: not measured")
+    said = {a["question"].rsplit(" ", 1)[-1]: a["answer"] for a in result["answers"]}
+    assert (said["language?"], said["plan?"], said["them?"], said["planned?"]) == (
+        "yes",
+        "yes",
+        "cannot tell",
+        "cannot tell",
+    )
+    html = preflight_html(result)
+    assert "Can it be done?" in html
+    assert html.count("Not measured; see the notes.") == 3
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_model_that_is_too_large_for_the_device_is_not_loaded(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("addlang.train.memory.device_memory", lambda _: 1000)
+    monkeypatch.setattr("addlang.models.load_model", refuse)
+    result = preflight(world.recipe(tmp_path / "run", strategy="full"), Settings())
+    assert any("GiB of memory are needed (4 bytes per parameter)" in note for note in result["notes"])
+    assert {a["question"].rsplit(" ", 1)[-1]: a["answer"] for a in result["answers"]}["memory?"] == "no"
+
+
+def card(**changes: object) -> dict[str, object]:
+    return {"sources": [{"path": "x", "role": "target", "tokens": 1000, "epochs": 1.0, **changes}]}
+
+
+def test_every_question_has_an_answer_of_its_own() -> None:
+    fit = {"unknown": 0.0, "fragments": 0.0, "tokens_per_word": 2.0}
+    said = {"lost": 0.02, "low": 0.0, "high": 0.06, "why": []}
+    good = {
+        "model": {"tokenizer": {"source": fit, "target": fit}}, "data": card(), "settings": {"keep": 0.97, "probe_steps": 32},
+        "probes": [{"gained": 0.5, "forecast": said}],
+        "plan": {"memory": {"total": 2**30}, "available": 2**31, "device": "CPU"},
+    }  # fmt: skip
+
+    def answer(number: int, **changes: object) -> str:
+        return answers({**good, **changes})[number]["answer"]
+
+    def tokenizer(**changes: float) -> dict[str, object]:
+        return {"tokenizer": {"source": fit, "target": {**fit, **changes}}}
+
+    assert [answer(i) for i in range(5)] == ["yes", "yes", "yes", "cannot tell", "yes"]
+    assert answer(0, model=tokenizer(unknown=0.01)) == "no"
+    assert answer(0, model=tokenizer(fragments=0.9)) == "at a price"
+    assert answer(0, model=tokenizer(tokens_per_word=6.0)) == "at a price"
+    assert (
+        answer(0, model=None) == answer(1, data=None) == answer(2, probes=[]) == answer(4, plan=None) == "cannot tell"
+    )
+    assert answer(1, data=card(epochs=20.0)) == "no"
+    assert "--tokens 4000" in answers({**good, "data": card(epochs=20.0)})[1]["why"]
+    assert answer(2, probes=[{"gained": -0.1, "forecast": said}]) == "no"
+    assert answer(3, probes=[{"gained": 1, "forecast": {**said, "high": 0.03}}]) == "yes"
+    assert answer(3, probes=[{"gained": 1, "forecast": {**said, "low": 0.04}}]) == "no"
+    assert answer(4, plan={**good["plan"], "available": 2**29}) == "no"  # type: ignore[dict-item]
 
 
 @pytest.mark.usefixtures("offline")
@@ -139,12 +224,20 @@ def test_the_command_prints_tables_and_writes_a_page(
     chat = str(world.chat)
     words = ["preflight", world.model, chat, "--language", "sw", "--compare", "none", "--rates", "1", "--encoder", "none",
              "--probe_steps", "2", "--tokens", "512", "--sequence_length", "256", "--batch_size", "1", "--strategy", "full",
-             "--holdout", "0.2", "--calibration.datasets", f"[{{path: {chat}, role: source}}]", "--replies", "null"]  # fmt: skip
+             "--holdout", "0.2", "--calibration.datasets", f"[{{path: {chat}, role: source}}]", "--replies", "null",
+             "--output", "pages/preflight.html"]  # fmt: skip
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, (done.output, done.exception)
-    for part in ("Recommendation", "Gradient conflict", "Memory and time", "tokens per word", "cannot tell"):
+    for part in (
+        "Recommendation",
+        "Can it be done?",
+        "Gradient conflict",
+        "Memory and time",
+        "tokens per word",
+        "cannot tell",
+    ):
         assert part in done.stdout
-    page = (tmp_path / "preflight.html").read_text(encoding="utf-8")
+    page = (tmp_path / "pages" / "preflight.html").read_text(encoding="utf-8")
     assert "Preflight: Swahili" in page
     assert not re.search(r'(src|href)="https?:', page)
     data = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
@@ -158,4 +251,6 @@ def test_wrong_arguments_name_their_remedy(tmp_path: Path) -> None:
     assert "no DATA" in error("lab")
     assert "--language" in error("lab", "lab://sw")
     assert "NAME:KEY=VALUE" in error("lab", "lab://sw", "--language", "sw", "--compare", "ssu:ratio")
+    (tmp_path / "folder").mkdir()
+    assert "is a directory" in error("lab", "lab://sw", "--language", "sw", "--output", str(tmp_path / "folder"))
     assert "'x' is no multiple" in error("lab", "lab://sw", "--language", "sw", "--rates", "x")

@@ -144,6 +144,8 @@ class CodeMixing(Analysis):
         return self
 
     def run(self, context: Context) -> Result:
+        from addlang.analyze.plots import draw_shares
+
         names = list(self.datasets) or list(context.texts)
         if not names:
             raise AddlangError("there is no text to look at", "name a file")
@@ -168,6 +170,8 @@ class CodeMixing(Analysis):
                 for n, s in found.items()
             ],
             data={"sets": found},
+            draw=lambda figure: draw_shares(figure, {n: s["languages"] for n, s in found.items()}),
+            size=(7.0, 0.42 * len(found) + 1.0),
             settings={"languages_from": self.tags or self.tagger},
             notes=[
                 "Means over rows for which the measure is defined: CMI over rows with a tagged token, I-index over rows "

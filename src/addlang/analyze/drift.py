@@ -106,7 +106,7 @@ class Drift(Analysis):
             data={"reference": reference, "drift": data},
             settings={"prompts": chosen.source, "chat_template": chosen.template, "precision": "float64"},
             notes=_notes(self.center),
-            draw=None if self.center == "across_layers" else lambda figure: self._draw(figure, drift),
+            draw=lambda figure: self._draw(figure, drift),
         )
 
     def _by_layer(self, drift: dict[str, list[Change]]) -> Table:
@@ -150,10 +150,13 @@ class Drift(Analysis):
         from addlang.analyze.plots import MARKERS
 
         axes = figure.add_subplot()
+        axes.set_ylabel(f"covariance drift, {self.norm}" + (", relative" if self.relative else ""))
+        if self.center == "across_layers":
+            axes.bar(list(drift), [self._value(changes[0]) for changes in drift.values()], width=0.5)
+            return
         for i, (name, changes) in enumerate(drift.items()):
             axes.plot([self._value(c) for c in changes], marker=MARKERS[i % len(MARKERS)], markersize=4, label=name)
         axes.set_xlabel("layer (0: embedding)")
-        axes.set_ylabel(f"covariance drift, {self.norm}" + (", relative" if self.relative else ""))
         axes.set_ylim(bottom=0)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend()

@@ -154,6 +154,8 @@ class Languages(Analysis):
         return self._result(found, f"GlotLID ({self.glotlid})", "replies", [rule])
 
     def _result(self, found: dict[str, Any], identifier: str, unit: str, notes: Sequence[str]) -> Result:
+        from addlang.analyze.plots import draw_shares
+
         def share(value: float | None) -> str:
             return "not judged" if value is None else f"{value:.1%}"
 
@@ -174,7 +176,7 @@ class Languages(Analysis):
             data={"sets": found},
             settings={"identifier": identifier},
             notes=notes,
-            draw=lambda figure: _draw(figure, found),
+            draw=lambda figure: draw_shares(figure, {n: f["languages"] for n, f in found.items()}),
             size=(7.0, 0.42 * len(found) + 1.0),
         )
 
@@ -206,25 +208,3 @@ def stored_replies(run: Path) -> dict[str, list[str]]:
         if texts:
             found.setdefault(file.parent.name, texts)
     return dict(sorted(found.items(), key=lambda kv: (kv[0] == "after", kv[0] != "before")))
-
-
-def _draw(figure: Any, found: dict[str, Any]) -> None:
-    from addlang.analyze.plots import COLOURS
-
-    axes = figure.add_subplot()
-    total: Counter[str] = Counter()
-    for s in found.values():
-        total.update(s["languages"])
-    shown = [c for c, _ in total.most_common(7)]
-    for y, s in enumerate(found.values()):
-        left = 0.0
-        for i, code in enumerate(shown):
-            width = s["languages"].get(code, 0.0)
-            axes.barh(y, width, left=left, color=COLOURS[i], height=0.6, label=code if y == 0 else None)
-            left += width
-        axes.barh(y, max(0.0, 1 - left), left=left, color="#c9ced3", height=0.6, label="others" if y == 0 else None)
-    axes.set_yticks(range(len(found)), list(found))
-    axes.set_ylim(len(found) - 0.5, -0.5)
-    axes.set_xlim(0, 1)
-    axes.set_xlabel("share")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=8)

@@ -14,6 +14,8 @@ from pydantic import Field
 from addlang.analyze.base import Analysis, Context, Result
 from addlang.errors import AddlangError
 
+READINGS = ("tensor", "scalar")
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -92,7 +94,9 @@ class Mpd(Analysis):
     models: tuple[str, ...] = Field((), description="compared; default: all")
     reference: str | None = Field(None, description="compare each model with this one; default: all pairs")
     reduction: Literal["tensor", "scalar"] = Field(
-        "tensor", description="mean Frobenius norm per tensor, or mean absolute difference per scalar"
+        "tensor",
+        description="reading that the sentence is about (both are in the table): mean Frobenius norm per tensor, or mean "
+        "absolute difference per scalar",
     )
 
     def run(self, context: Context) -> Result:
@@ -110,19 +114,31 @@ class Mpd(Analysis):
             for one, other in pairs:
                 found[one, other] = parameter_difference(context.model(one), context.model(other))
                 bar.update(len(found))
-        raw = {pair: getattr(d, self.reduction) for pair, d in found.items()}
-        top = max(raw.values())
-        share = {pair: value / top if top else 0.0 for pair, value in raw.items()}
+        shares = {reading: _of_the_largest({p: getattr(d, reading) for p, d in found.items()}) for reading in READINGS}
+        share, raw = shares[self.reduction], {pair: getattr(d, self.reduction) for pair, d in found.items()}
         near = min(raw, key=lambda p: raw[p])
         return Result(
             sentence=f"The closest of {len(pairs)} pair(s) in weight space is {near[0]} and {near[1]} "
             f"(MPD {raw[near]:.4g}, {share[near]:.2f} of the largest).",
-            columns=["models", "MPD", "normalised", "per tensor", "per scalar"],
+            columns=["models", *(c for reading in READINGS for c in (f"MPD per {reading}", "normalised"))],
             rows=[
-                [f"{a}, {b}", f"{raw[a, b]:.4g}", f"{share[a, b]:.2f}", f"{d.tensor:.4g}", f"{d.scalar:.4g}"]
+                [
+                    f"{a}, {b}",
+                    *(c for r in READINGS for c in (f"{getattr(d, r):.4g}", f"{shares[r][a, b]:.2f}")),
+                ]
                 for (a, b), d in found.items()
             ],
-            data={"pairs": [{"models": [a, b], "normalised": share[a, b], **vars(d)} for (a, b), d in found.items()]},
+            data={
+                "pairs": [
+                    {
+                        "models": [a, b],
+                        "normalised": share[a, b],
+                        **{f"{r}_normalised": shares[r][a, b] for r in READINGS},
+                        **vars(d),
+                    }
+                    for (a, b), d in found.items()
+                ]
+            },
             settings={"reduction": self.reduction},
             notes=[
                 "Normalised: over the largest of the pairs in this table, as in the paper's Table 4.",
@@ -130,6 +146,11 @@ class Mpd(Analysis):
             ],
             draw=(lambda figure: _draw(figure, found)) if any(d.layers for d in found.values()) else None,
         )
+
+
+def _of_the_largest(raw: dict[tuple[str, str], float]) -> dict[tuple[str, str], float]:
+    top = max(raw.values())
+    return {pair: value / top if top else 0.0 for pair, value in raw.items()}
 
 
 def _draw(figure: Any, found: dict[tuple[str, str], Difference]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +48,24 @@ def write_figure(path: Path, draw: Callable[[Any], None], size: tuple[float, flo
         temporary = path.with_name(path.name + ".tmp")
         figure.savefig(temporary, format="svg", metadata={"Date": None, "Creator": None})
     os.replace(temporary, path)
+
+
+def draw_shares(figure: Any, found: Mapping[str, Mapping[str, float]]) -> None:
+    """A stacked bar per set: shares of languages by code, the seven most frequent by name."""
+    axes = figure.add_subplot()
+    total: Counter[str] = Counter()
+    for shares in found.values():
+        total.update(shares)
+    shown = [c for c, _ in total.most_common(7)]
+    for y, shares in enumerate(found.values()):
+        left = 0.0
+        for i, code in enumerate(shown):
+            width = shares.get(code, 0.0)
+            axes.barh(y, width, left=left, color=COLOURS[i], height=0.6, label=code if y == 0 else None)
+            left += width
+        axes.barh(y, max(0.0, 1 - left), left=left, color="#c9ced3", height=0.6, label="others" if y == 0 else None)
+    axes.set_yticks(range(len(found)), list(found))
+    axes.set_ylim(len(found) - 0.5, -0.5)
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("share")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=8)

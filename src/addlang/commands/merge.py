@@ -259,7 +259,9 @@ def revert_to_budget(
     from addlang.report import render_table
 
     render_table(*table(record["budget"]))
-    print(f"\n{sentence(record['budget'])}.\n{record['budget']['looks']}\n\nmodel   {out}")
+    print(
+        f"\n{sentence(record['budget'])}.\n{record['budget']['looks']}\n\nmodel   {out}\nreport  {out / 'report.html'}"
+    )
 
 
 @merge_app.command("special-tokens")
@@ -330,6 +332,7 @@ def _everywhere(config_from: str | None, tokenizer: str | None, restore: str | N
 
 
 def _carry_out(spec: Any, output_dir: str, overwrite: bool, as_json: bool) -> None:
+    from addlang.merge.card import happened
     from addlang.merge.write import merge_models
     from addlang.progress import note
 
@@ -342,8 +345,10 @@ def _carry_out(spec: Any, output_dir: str, overwrite: bool, as_json: bool) -> No
     from addlang.report import render_table
 
     render_table(["model", "weights (SHA-256)"], [[m["model"], m["hash"]] for m in record["models"]])
-    for key, value in {**record["decided"], **record["counts"]}.items():
+    for key, value in record["decided"].items():
         print(f"{key}: {value}")
+    for line in happened(record):
+        print(line)
     print(f"{record['title']}: {record['parameters']:,} weights in {record['seconds']:.1f} s\n\nmodel   {output_dir}")
 
 

@@ -39,6 +39,7 @@ def preflight(
     """
     from addlang.preflight.run import Settings
     from addlang.preflight.run import preflight as look
+    from addlang.report.files import check_folder
     from addlang.report.preflight import write_preflight
 
     quiet(as_json)
@@ -51,6 +52,7 @@ def preflight(
         compare=() if compare == "none" else tuple(_strategy(word) for word in compare.split()),
         rates=tuple(_number(word) for word in rates.split()),
     )
+    check_folder(Path(output))
     result = look(recipe, settings, base_dir=base_dir)
     page = write_preflight(result, Path(output))
     if as_json:

@@ -47,15 +47,21 @@ def _decided(record: Mapping[str, Any]) -> list[str]:
     """What the merge found out and what happened, if anything."""
     lines = [f"- {escape(note)}" for note in record["notes"]]
     lines += [f"- {escape(k)}: {escape(json.dumps(v))}" for k, v in record["decided"].items()]
-    lines += [f"- {escape(k)}: {v:,}" for k, v in record["counts"].items()]
+    lines += [f"- {escape(line)}" for line in happened(record)]
+    return ["## What happened\n\n" + "\n".join(lines)] if lines else []
+
+
+def happened(record: Mapping[str, Any]) -> list[str]:
+    """What was counted during a merge, and what became of tokens that not all models have."""
+    lines = [f"{k}: {v:,}" for k, v in record["counts"].items()]
     for row in record["tokens"]:
         lines.append(
-            f"- {escape(row['model'])}: {row['rows_it_lacks']:,} rows of the result stand for tokens it lacks; "
+            f"{row['model']}: {row['rows_it_lacks']:,} rows of the result stand for tokens it lacks; "
             f"{row['tokens_left_out']:,} of its tokens were left out"
         )
     if record["restored_rows"]:
-        lines.append(f"- {record['restored_rows']:,} rows of special tokens were restored")
-    return ["## What happened\n\n" + "\n".join(lines)] if lines else []
+        lines.append(f"{record['restored_rows']:,} rows of special tokens were restored")
+    return lines
 
 
 def _indented(text: str) -> str:

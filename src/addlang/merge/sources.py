@@ -50,12 +50,19 @@ class Source:
                     "use an unquantised checkpoint",
                 )
         self.layout: Layout = layout_of(self.directory)
+        if self.layout.config.get("quantization_config"):
+            raise AddlangError(
+                f"{self.directory} is quantised, as its config.json says (quantization_config)",
+                "use an unquantised checkpoint",
+            )
         self.stored = {p: s for s, p in stored_names(self.checkpoint, self.layout).items()}
         self.rows: Tensor | None = None
 
     @cached_property
     def vocabulary(self) -> dict[str, int] | None:
-        return read_vocabulary(self.directory)
+        """Token -> row. Tokens that a tokenizer numbers beyond the embedding have none, and are not there."""
+        found = read_vocabulary(self.directory)
+        return None if found is None else {t: row for t, row in found.items() if row < self.layout.rows}
 
     def read(self, parameter: str, start: int, stop: int) -> Tensor:
         """Rows of a parameter as stored; without the result's order of tokens."""

@@ -60,6 +60,7 @@ def revert_to_budget(
     """
     from addlang.merge.bench import Bench
     from addlang.progress import progress
+    from addlang.report.budget import write_budget
     from addlang.run import prepare_device
 
     if not 0 < keep < 1:
@@ -95,7 +96,9 @@ def revert_to_budget(
     chosen = spec.model_copy(update={"parameters": result.parameters})
     budget = summary(result, search)
     with complete_or_absent(out) as directory:
-        return write_result(Merging(chosen, models), directory, budget=budget)
+        record = write_result(Merging(chosen, models), directory, budget=budget)
+        write_budget(record, directory)
+    return record
 
 
 def evaluation_of(model: str, source: str, wanted: Wanted) -> Recipe:

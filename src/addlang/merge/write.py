@@ -101,7 +101,7 @@ class Merging:
             )
         if vocabulary is None:
             raise AddlangError(f"{self.stated.directory} has no tokenizer", "put tokenizer.json beside config.json")
-        theirs = special_tokens(lender.directory)
+        theirs = {t: row for t, row in special_tokens(lender.directory).items() if row < lender.layout.rows}
         if missing := sorted(set(theirs) - set(vocabulary)):
             raise AddlangError(
                 f"the result's vocabulary lacks special tokens of '{name}': {', '.join(missing[:4])}",

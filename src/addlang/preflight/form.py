@@ -22,6 +22,7 @@ class Forms:
         overlap: 1 minus half the summed difference of the shares; 1: the same forms as often.
         model_languages, data_languages: language -> share of the sentences that are long enough to be judged.
         replies: how many.
+        model_judged, data_judged: sentences that were long enough to be judged.
     """
 
     model: dict[str, float]
@@ -30,6 +31,8 @@ class Forms:
     model_languages: dict[str, float]
     data_languages: dict[str, float]
     replies: int
+    model_judged: int
+    data_judged: int
 
     def describe(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -62,18 +65,21 @@ def compare_forms(model_replies: Sequence[str], data_replies: Sequence[str]) -> 
     """Forms and languages of two lists of replies."""
     shares = [_shares([form_of(r) for r in replies]) for replies in (model_replies, data_replies)]
     overlap = 1 - 0.5 * sum(abs(shares[0].get(f, 0.0) - shares[1].get(f, 0.0)) for f in FORMS)
-    return Forms(shares[0], shares[1], overlap, _languages(model_replies), _languages(data_replies), len(model_replies))
+    own, theirs = _languages(model_replies), _languages(data_replies)
+    return Forms(
+        shares[0], shares[1], overlap, _shares(own), _shares(theirs), len(model_replies), len(own), len(theirs)
+    )
 
 
 def _shares(names: Sequence[str]) -> dict[str, float]:
     return {name: n / len(names) for name, n in Counter(names).most_common()}
 
 
-def _languages(replies: Sequence[str]) -> dict[str, float]:
+def _languages(replies: Sequence[str]) -> list[str]:
+    """Of every sentence that is long enough to be judged."""
     from addlang.evaluate.replies import identify, is_judged, sentences
 
-    codes = [identify(s)[0] for reply in replies for s in sentences(reply) if is_judged(s)]
-    return _shares(codes) if codes else {}
+    return [identify(s)[0] for reply in replies for s in sentences(reply) if is_judged(s)]
 
 
 def ask(model: Any, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int, batch_size: int) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from addlang.data.prepare import PhaseData
+    from addlang.evaluate.measurement import Outcome
     from addlang.preflight.advice import Candidate
     from addlang.preflight.watch import Watched
     from addlang.recipe import Recipe
@@ -61,13 +63,55 @@ class Preflight:
     base_dir: Path | None
     notes: list[str] = field(default_factory=list)
 
+    @functools.cached_property
+    def parameters(self) -> int:
+        """Of the model, from its configuration."""
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.source, trust_remote_code=False))
+        model.tie_weights()
+        return sum(p.numel() for p in model.parameters())
+
+    def require_weights(self, copies: int = 1) -> None:
+        """Make sure that the model can be loaded here.
+
+        Args:
+            copies: tensors of its size that are held at once.
+
+        Raises:
+            AddlangError: its weights are not at hand, or the device has too little memory for them.
+        """
+        from addlang.models import Checkpoint, weights_at_hand
+        from addlang.train.memory import GIB, USABLE, device_memory
+
+        if not weights_at_hand(self.source):
+            raise AddlangError(f"{self.source} has no weights", "give the directory of a complete checkpoint")
+        size = copies * (4 if self.device.type == "cpu" else Checkpoint(self.source).dtype.itemsize)
+        need, there = size * self.parameters, USABLE * device_memory(self.device)
+        if need > there:
+            raise AddlangError(
+                f"{need / GIB:.1f} GiB of memory are needed ({size} bytes per parameter), and this device has {there / GIB:.1f}",
+                "look at it where it is to be trained",
+            )
+
+    def load(self) -> Any:
+        """The source model on the device; raises as :meth:`require_weights` does."""
+        import torch
+
+        from addlang.models import load_model
+
+        self.require_weights()
+        return load_model(self.source, dtype=torch.float32 if self.device.type == "cpu" else None, device=self.device)
+
 
 def preflight(recipe: Recipe, settings: Settings, *, base_dir: Path | None = None) -> dict[str, Any]:
     """Look at a planned run of one phase (of several: the last) without carrying it out.
 
     Returns:
-        Plain data: ``model``, ``data``, ``similarity``, ``conflict``, ``probe``, ``forecast``, ``plan``, ``advice`` and
-        ``notes``. What could not be measured is None, with the reason among the notes.
+        Plain data: ``model``, ``data``, ``similarity``, ``conflict``, ``plan``, ``probes`` (each with its forecast), ``advice``,
+        ``answers`` and ``notes``. What could not be measured is None, with the reason among the notes.
 
     Raises:
         AddlangError: bad data, or a model that cannot be read.
@@ -95,7 +139,7 @@ def prepare_flight(recipe: Recipe, settings: Settings, base_dir: Path | None) ->
     """Read the data and the tokenizer; the recipe's checks that come before any training are made here too."""
     from addlang.data.prepare import prepare
     from addlang.evaluation import context_length
-    from addlang.models import load_tokenizer, resolve
+    from addlang.models import load_tokenizer, resolve, weights_at_hand
     from addlang.preflight.watch import watched
     from addlang.run import check_model, check_requirements, prepare_device
 
@@ -103,7 +147,7 @@ def prepare_flight(recipe: Recipe, settings: Settings, base_dir: Path | None) ->
     device = prepare_device(recipe)
     source = resolve(recipe.model_name_or_path, recipe.revision)
     tokenizer = load_tokenizer(source, recipe.template_path(base_dir))
-    check_model(recipe, source, tokenizer)
+    check_model(recipe, source, tokenizer, weights=weights_at_hand(source))
     phase = recipe.phases[-1]
     data = prepare(recipe, phase, tokenizer, base_dir=base_dir)
     text = watched(
@@ -146,15 +190,34 @@ def described(flight: Preflight) -> dict[str, Any]:
 
 def audit_model(flight: Preflight, _so_far: dict[str, Any]) -> dict[str, Any]:
     """Bits per byte, task scores and replies of the source model; how its tokenizer fits both languages."""
-    import torch
-
-    from addlang.data.prepare import cache_root, labelled_texts
-    from addlang.evaluate.suite import build_suite, builtin_texts, cached_evaluate
-    from addlang.models import Checkpoint, load_model
+    from addlang.data.prepare import labelled_texts
+    from addlang.evaluate.suite import builtin_texts
     from addlang.preflight.tokens import fit_of
 
     recipe = flight.recipe
     heldout = labelled_texts(recipe.evaluation.target_datasets, flight.base_dir) or list(flight.data.heldout)
+    english = labelled_texts(recipe.evaluation.source_datasets, flight.base_dir) or builtin_texts()
+    out: dict[str, Any] = {"parameters": flight.parameters, "scores": [], "not_run": []}
+    out["tokenizer"] = {
+        "target": fit_of(flight.tokenizer, [t for _, t in heldout[:AUDIT_TEXTS]]).describe(),
+        "source": fit_of(flight.tokenizer, [t for _, t in english[:AUDIT_TEXTS]]).describe(),
+    }
+    try:
+        outcome = scores(flight, heldout)
+    except AddlangError as error:
+        flight.notes.append(f"Scores: not measured. {error.message}" + (f" ({error.fix})" if error.fix else ""))
+        return out
+    rows = [m.row(model="source", phase="before", seed=recipe.seed) for m in outcome.measurements]
+    return {**out, "scores": rows, "not_run": [list(n) for n in outcome.not_run]}
+
+
+def scores(flight: Preflight, heldout: Sequence[tuple[str, str]]) -> Outcome:
+    """The recipe's evaluation of the source model."""
+    from addlang.data.prepare import cache_root
+    from addlang.evaluate.suite import build_suite, cached_evaluate
+    from addlang.models import Checkpoint
+
+    recipe = flight.recipe
     suite = build_suite(
         recipe.evaluation,
         tokenizer=flight.tokenizer,
@@ -164,22 +227,8 @@ def audit_model(flight: Preflight, _so_far: dict[str, Any]) -> dict[str, Any]:
         sequence_length=recipe.evaluation.sequence_length or flight.phase.sequence_length,
         base_dir=flight.base_dir,
     )
-    model = load_model(
-        flight.source, dtype=torch.float32 if flight.device.type == "cpu" else None, device=flight.device
-    )
-    stored = Checkpoint(flight.source)
-    outcome = cached_evaluate(model, stored.hash, suite, cache_root() / "evaluations")
-    english = labelled_texts(recipe.evaluation.source_datasets, flight.base_dir) or builtin_texts()
-    fits = {
-        "target": fit_of(flight.tokenizer, [t for _, t in heldout[:AUDIT_TEXTS]]).describe(),
-        "source": fit_of(flight.tokenizer, [t for _, t in english[:AUDIT_TEXTS]]).describe(),
-    }
-    return {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "scores": [m.row(model="source", phase="before", seed=recipe.seed) for m in outcome.measurements],
-        "not_run": [list(n) for n in outcome.not_run],
-        "tokenizer": fits,
-    }
+    model = flight.load()
+    return cached_evaluate(model, Checkpoint(flight.source).hash, suite, cache_root() / "evaluations")
 
 
 def audit_data(flight: Preflight, _so_far: dict[str, Any]) -> dict[str, Any]:
@@ -189,6 +238,7 @@ def audit_data(flight: Preflight, _so_far: dict[str, Any]) -> dict[str, Any]:
 
 def compare_data(flight: Preflight, _so_far: dict[str, Any]) -> dict[str, Any]:
     """DES of source and target prompts, and the form of the model's own replies against the data's."""
+    from addlang.analyze.des import STATES
     from addlang.data.builtin_sets import builtin
     from addlang.preflight.signals import measure_similarity
     from addlang.schema import DatasetSpec
@@ -199,6 +249,8 @@ def compare_data(flight: Preflight, _so_far: dict[str, Any]) -> dict[str, Any]:
     out: dict[str, Any] = {"des": None, "forms": None}
     if flight.settings.encoder is not None:
         try:
+            if flight.settings.encoder == STATES:
+                flight.require_weights()
             found = measure_similarity(
                 flight.phase, specs, flight.settings.encoder, flight.source, flight.device, flight.base_dir,
                 flight.recipe.seed,
@@ -211,18 +263,17 @@ def compare_data(flight: Preflight, _so_far: dict[str, Any]) -> dict[str, Any]:
 
 
 def _forms(flight: Preflight) -> dict[str, Any] | None:
-    import torch
-
-    from addlang.models import load_model
     from addlang.preflight.form import ask, compare_forms
 
     pairs = conversations_of([s for s in flight.phase.datasets if s.role == "target"], flight)
     if not pairs or not getattr(flight.tokenizer, "chat_template", None):
         flight.notes.append("Form of replies: the target data are raw text, so there is nothing to compare.")
         return None
-    model = load_model(
-        flight.source, dtype=torch.float32 if flight.device.type == "cpu" else None, device=flight.device
-    )
+    try:
+        model = flight.load()
+    except AddlangError as error:
+        flight.notes.append(f"Form of replies: not measured. {error.message}")
+        return None
     prompts = [p for p, _ in pairs]
     replies = ask(model, flight.tokenizer, prompts, max_new_tokens=REPLY_TOKENS, batch_size=8)
     return compare_forms(replies, [r for _, r in pairs]).describe()
@@ -248,6 +299,7 @@ def measure_gradients(flight: Preflight, _so_far: dict[str, Any]) -> dict[str, A
     """Conflict of the two losses' gradients, and what the model's own loss on the answers is."""
     from addlang.preflight.signals import measure_conflict
 
+    flight.require_weights(copies=3)  # the weights and two gradients
     found = measure_conflict(flight.phase, flight.source, flight.data, flight.text, flight.device)
     return {**vars(found), "push": found.push}
 
@@ -262,6 +314,12 @@ def run_probes(flight: Preflight, so_far: dict[str, Any]) -> list[dict[str, Any]
     if not flight.settings.probe_steps:
         flight.notes.append("No probe was run (probe_steps 0), so there is no forecast.")
         return []
+    flight.require_weights()
+    if (plan := so_far.get("plan")) is not None and plan["memory"]["total"] > plan["available"]:
+        raise AddlangError(
+            f"the planned run needs {plan['memory']['total'] / 2**30:.1f} GiB, and this device has {plan['available'] / 2**30:.1f}",
+            "look at it where it is to be trained",
+        )
     planned = alternatives(flight)
     target = target_text(flight)
     found: list[tuple[Candidate, Phase, Any]] = []
@@ -278,6 +336,8 @@ def run_probes(flight: Preflight, so_far: dict[str, Any]) -> list[dict[str, Any]
             lower = least[1].model_copy(update={"learning_rate": rate})
             if not probe_one(flight, least[0].label, lower, target, so_far, found):
                 break
+    if plan is not None and found:
+        plan["seconds"] = plan["steps"] * found[0][0].seconds_per_step
     return [c.describe() | {"losses": probe.losses} for c, _, probe in found]
 
 
@@ -312,11 +372,11 @@ def candidate(flight: Preflight, label: str, phase: Phase, probe: Any, so_far: d
         sequence_tokens=flight.data.batch_size * phase.sequence_length,
         epochs=max((s["epochs"] for s in flight.data.card["sources"]), default=1.0),
     )  # fmt: skip
-    parameters = (so_far.get("model") or {}).get("parameters")
     name, options = phase.strategy.name, phase.strategy.model_dump(mode="json", exclude_defaults=True)
     return Candidate(
         label, name, options, phase.learning_rate, probe.target_gained, probe.loss_change, probe.shift,
-        probe.seconds / probe.steps, forecast(row, parameters=parameters),
+        probe.seconds / probe.steps, forecast(row, parameters=flight.parameters),
+        getattr(phase.strategy, "ratio", None),
     )  # fmt: skip
 
 
@@ -356,17 +416,22 @@ def target_text(flight: Preflight) -> Watched:
     return Watched(tuple(collate(rows[i : i + 32]) for i in range(0, len(rows), 32)), f"held-out text ({len(rows)})")
 
 
-def plan_costs(flight: Preflight, so_far: dict[str, Any]) -> dict[str, Any]:
-    """Memory of the planned run, and time from the probe's own speed."""
+def plan_costs(flight: Preflight, _so_far: dict[str, Any]) -> dict[str, Any]:
+    """Memory of the planned run; the time comes from the probe's own speed, when it has run."""
     from addlang.planning import plan_run
+    from addlang.train.memory import USABLE, device_memory
 
     single = flight.recipe.model_copy(update={"phases": (flight.phase,)})
     plan = plan_run(single, base_dir=flight.base_dir)
     phase = plan["phases"][0]
-    probes = so_far.get("probes") or []
-    seconds = phase["steps"] * probes[0]["seconds_per_step"] if probes else None
     keys = ("steps", "tokens", "trainable_fraction", "memory", "micro_batch")
-    return {**{k: phase[k] for k in keys}, "device": plan["here"], "seconds": seconds, "disk_bytes": plan["disk_bytes"]}
+    return {
+        **{k: phase[k] for k in keys},
+        "device": plan["here"],
+        "available": round(USABLE * device_memory(flight.device)),
+        "seconds": None,
+        "disk_bytes": plan["disk_bytes"],
+    }
 
 
 def give_advice(flight: Preflight, so_far: dict[str, Any]) -> dict[str, Any]:
@@ -383,12 +448,20 @@ def give_advice(flight: Preflight, so_far: dict[str, Any]) -> dict[str, Any]:
     return advise(candidates, flight.settings.keep).describe()
 
 
+def give_answers(_flight: Preflight, so_far: dict[str, Any]) -> list[dict[str, str]]:
+    """Can it be done? The questions and their answers."""
+    from addlang.preflight.answers import answers
+
+    return answers(so_far)
+
+
 PARTS = {
     "model": audit_model,
     "data": audit_data,
     "similarity": compare_data,
     "conflict": measure_gradients,
-    "probes": run_probes,
     "plan": plan_costs,
+    "probes": run_probes,
     "advice": give_advice,
+    "answers": give_answers,
 }

@@ -11,6 +11,8 @@ from typing import Any
 from addlang.data.similar import UNSPACED
 
 _UNSPACED = re.compile(f"[{UNSPACED}]")
+UNKNOWN = 0.001  # share of unknown tokens above which text is lost
+FRAGMENTS = 0.2  # share of bytes in pieces of characters above which learning is slow
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 

@@ -208,6 +208,20 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
+def check_folder(path: Path) -> None:
+    """Make the folder that a file is to be written into, before the work that it will hold.
+
+    Raises:
+        AddlangError: it cannot be made, or the file is a directory.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AddlangError(f"{path} cannot be written: {error}", "choose another --output") from error
+    if path.is_dir():
+        raise AddlangError(f"{path} is a directory", "name the file to write, such as preflight.html")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file atomically: a reader sees the old one or the new one."""
     tmp = path.with_name(path.name + ".tmp")

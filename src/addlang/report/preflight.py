@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from addlang.preflight.tokens import FRAGMENTS, UNKNOWN
 from addlang.progress import duration
 from addlang.report import datacard, numbers
 from addlang.report.files import write_text
@@ -14,8 +15,11 @@ from addlang.report.files import write_text
 
 @dataclass(frozen=True)
 class Table:
+    """``numbers_from``: columns from this one on hold numbers; those before it hold text, which may wrap."""
+
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
+    numbers_from: int = 1
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ def sections(result: dict[str, Any]) -> list[Section]:
     """Every part, the recommendation first."""
     return [
         _advice(result),
+        _answers(result),
         _probes(result),
         _model(result),
         _data(result),
@@ -63,9 +68,20 @@ def _advice(result: dict[str, Any]) -> Section:
         if said["low"] > 1 - keep
         else "unsure"
     )
-    return Section(
-        "Recommendation", [f"{c['label']} at learning rate {c['learning_rate']:g}.", *advice["reasons"]], state=state
+    why = Table(
+        ["choice", "recommended", "reason"], [[x["what"], x["value"], x["reason"]] for x in advice["choices"]], 3
     )
+    return Section(
+        "Recommendation",
+        [f"{c['label']} at learning rate {c['learning_rate']:g}.", *advice["reasons"]],
+        [why],
+        state,
+    )
+
+
+def _answers(result: dict[str, Any]) -> Section:
+    rows = [[a["question"], a["answer"], a["why"]] for a in result["answers"] or []]
+    return Section("Can it be done?", tables=[Table(["question", "answer", "what it rests on"], rows, 3)])
 
 
 def _probes(result: dict[str, Any]) -> Section:
@@ -130,20 +146,19 @@ def _model(result: dict[str, Any]) -> Section:
     if all(words):
         lines.append(f"A target word costs {words[1] / words[0]:.1f} times as many tokens as a source word.")
     state = "none"
-    if target["unknown"] > 0.001:
+    if target["unknown"] > UNKNOWN:
         lines.append(
             f"{numbers.percent(target['unknown'])} of the target's tokens are unknown to the tokenizer: that text cannot be learnt."
         )
         state = "bad"
-    if target["fragments"] > 0.2:
+    if target["fragments"] > FRAGMENTS:
         lines.append(
             f"{numbers.percent(target['fragments'])} of the target's bytes stand in pieces of characters: expect slow learning and long sequences."
         )
         state = "unsure" if state == "none" else state
     columns = ["text", "tokens per word", "per character", "bytes per token", "in pieces of characters", "unknown"]
-    return Section(
-        "The model", lines, [Table(["task", "role", "metric", "value", "n"], scores), Table(columns, fits)], state
-    )
+    tables = [Table(["task", "role", "metric", "value", "n"], scores)] if scores else []
+    return Section("The model", lines, [*tables, Table(columns, fits)], state)
 
 
 def _data(result: dict[str, Any]) -> Section:
@@ -190,7 +205,11 @@ def _similarity(result: dict[str, Any]) -> Section:
         if codes:
             tables.append(
                 Table(
-                    ["language of replies", "model", "data"],
+                    [
+                        "language of sentences",
+                        f"model ({f['model_judged']} long enough)",
+                        f"data ({f['data_judged']} long enough)",
+                    ],
                     [
                         [
                             c,
@@ -224,13 +243,13 @@ def _plan(result: dict[str, Any]) -> Section:
     if plan is None:
         return _missing("Memory and time")
     time = (
-        "unknown: no probe was run"
+        "not known, because no probe was run"
         if plan["seconds"] is None
-        else f"about {duration(plan['seconds'])} on {plan['device']}"
+        else f"about {duration(plan['seconds'])} on {plan['device']}, evaluation not counted"
     )
     lines = [
         f"{plan['steps']:,} steps, {plan['tokens']:,} tokens; {numbers.percent(plan['trainable_fraction'])} of the parameters are trained.",
-        f"Time: {time}, evaluation not counted. Disk: {plan['disk_bytes'] / 2**30:.2f} GiB.",
+        f"Time: {time}. Disk: {plan['disk_bytes'] / 2**30:.2f} GiB.",
     ]
     rows = [[k.replace("_", " "), f"{v / 2**30:.3f} GiB"] for k, v in plan["memory"].items()]
     return Section("Memory and time", lines, [Table(["memory per device", "size"], rows)])
