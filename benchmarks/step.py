@@ -3,15 +3,16 @@
     python benchmarks/step.py --preset 100m --json step.json
 
 Real configurations with random weights: fp32 throughout, or stored in bf16 as checkpoints are, with fp32 masters of
-what trains, under bf16 autocast. AdamW with fp32 state. Every measurement runs in a process of its own, so that peak
-memory is that of one mode; the processes of one setting take turns, step by step, so that all modes meet the same load
-of the machine. Time is the median over steps; cpu_time, on a CPU, is the processor time of the process, which says more
-where others use the machine.
+what trains, under bf16 autocast. AdamW with fp32 state. On a CPU every measurement runs in a process of its own, so that
+peak memory is that of one mode; the processes of one setting take turns, step by step, so that all modes meet the same
+load of the machine. On a GPU, whose allocator counts exactly, the modes follow each other in one process. Time is the
+median over steps; cpu_time, on a CPU, is the processor time of the process, which says more where others use the machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import platform
 import statistics
@@ -125,6 +126,14 @@ class Step:
             self.attached = attach_plan(model, FreezePlan.empty(model), "masked")
         else:
             self.attached = attach_plan(model, plan, args.mode.replace("shared", "split"))
+        if args.liger:
+            from addlang.models import apply_liger
+
+            apply_liger(model)
+        if args.compile:
+            from addlang.train.loop import compile_layers
+
+            compile_layers(model)
         self.model = model
         on_gpu = args.device == "cuda"
         groups = self.attached.param_groups(0.01)
@@ -183,9 +192,8 @@ def estimated(args: argparse.Namespace, step: Step) -> int:
 
 
 def child(args: argparse.Namespace) -> None:
-    """One mode: build, report what a step computes and the peak memory, then make a step for each line read."""
+    """One mode on a CPU: build, report what a step computes and its peak memory, then make a step for each line read."""
     import torch
-    from torch.utils.flop_counter import FlopCounterMode
 
     import addlang.freeze.execution
     import addlang.strategies.base
@@ -193,29 +201,59 @@ def child(args: argparse.Namespace) -> None:
     from addlang.train.peak import Peak, resident_bytes
 
     torch.set_num_threads(args.threads)
-    cuda = args.device == "cuda"
     empty = resident_bytes()
     step = Step(args)
     step()  # makes the optimizer's state and the resident weights
-    with FlopCounterMode(display=False) as counter:
+    flops = counted(step)
+    resident_bytes()
+    with Peak() as watch:
         step()
-    flops = counter.get_total_flops()
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        resident_bytes()
-        with Peak() as watch:
-            step()
-        peak = watch.bytes - empty
-    print(json.dumps({"flops": flops, "peak_memory": peak, "estimate": estimated(args, step)}), flush=True)
+    result = {"flops": flops, "peak_memory": watch.bytes - empty, "estimate": estimated(args, step)}
+    print(json.dumps(result), flush=True)
     for _ in sys.stdin:
         print(json.dumps(step()), flush=True)
 
 
+def counted(step: Step) -> int:
+    """Floating-point operations of a step, counted on one of its sequences.
+
+    The counter holds on to what a checkpoint recomputes, so that a whole step would need as much memory as without
+    checkpointing; and it knows no fused attention with fewer key than query heads.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    whole = step.batch
+    step.batch = {k: v[:1] for k, v in whole.items()}
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        step()
+    step.batch = whole
+    return counter.get_total_flops() * len(whole["input_ids"])
+
+
+def on_gpu(args: argparse.Namespace) -> dict[str, Any]:
+    """One mode on a GPU; its memory is free again afterwards."""
+    import torch
+
+    step: Step | None = None
+    try:
+        step = Step(args)
+        step()  # makes the optimizer's state and the resident weights
+        result: dict[str, Any] = {"flops": counted(step)}
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        result |= {"peak_memory": torch.cuda.max_memory_allocated(), "estimate": estimated(args, step)}
+        result["all_times"] = [step() for _ in range(args.steps)]
+    except torch.OutOfMemoryError as error:
+        result = {"failed": str(error).partition(". Of the")[0]}
+    del step
+    gc.collect()
+    torch.cuda.empty_cache()
+    return result
+
+
 def measure(args: argparse.Namespace, precision: str, checkpointing: bool) -> dict[str, Any]:
-    """All modes of one setting; on a GPU one after the other, on a CPU taking turns."""
+    """All modes of one setting."""
     batch = args.batch or (1 if args.device == "cpu" and precision == "fp32" else 4)
     print(
         f"{args.preset}, {precision}, batch {batch} x {args.sequence_length}, checkpointing {'on' if checkpointing else 'off'}",
@@ -223,12 +261,20 @@ def measure(args: argparse.Namespace, precision: str, checkpointing: bool) -> di
     )
     modes: dict[str, dict[str, Any]] = {}
     running: dict[str, subprocess.Popen[str]] = {}
-    times: dict[str, list[list[float]]] = {m: [] for m in args.modes}
+    times: dict[str, list[Any]] = {m: [] for m in args.modes}
     for mode in args.modes:
+        if args.device == "cuda":
+            given = {"mode": mode, "precision": precision, "batch": batch, "checkpointing": checkpointing}
+            modes[mode] = on_gpu(argparse.Namespace(**{**vars(args), **given}))
+            times[mode] = modes[mode].pop("all_times", [])
+            if "failed" in modes[mode]:
+                print(f"  {mode}: {modes[mode]['failed']}", file=sys.stderr)
+            continue
         command = [
             sys.executable, __file__, "--child", "--mode", mode, "--precision", precision, "--preset", args.preset,
-            "--device", args.device, "--batch", str(batch), "--sequence_length", str(args.sequence_length),
-            "--threads", str(args.threads), *(["--public", str(args.public)] if args.public else []), *(["--checkpointing"] if checkpointing else []),
+            "--batch", str(batch), "--sequence_length", str(args.sequence_length), "--threads", str(args.threads),
+            *(["--public", str(args.public)] if args.public else []), *(["--checkpointing"] if checkpointing else []),
+            *(["--compile"] if args.compile else []), *(["--liger"] if args.liger else []),
         ]  # fmt: skip
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -241,11 +287,7 @@ def measure(args: argparse.Namespace, precision: str, checkpointing: bool) -> di
             print(f"  {mode}: {modes[mode]['failed']}", file=sys.stderr)
             continue
         modes[mode] = json.loads(first)
-        if args.device == "cuda":  # two models of 7B do not fit one GPU
-            times[mode] = [ask(process) for _ in range(args.steps)]
-            process.communicate("")
-        else:
-            running[mode] = process
+        running[mode] = process
     for _ in range(args.steps):
         for mode, process in running.items():
             times[mode].append(ask(process))
@@ -269,7 +311,11 @@ def measure(args: argparse.Namespace, precision: str, checkpointing: bool) -> di
     for mode, result in modes.items():
         if "failed" not in result:
             result["estimate/measured"] = result["estimate"] / result["peak_memory"]
-            print(f"  {mode:22} estimate/measured memory {result['estimate/measured']:.3f}", file=sys.stderr)
+            print(
+                f"  {mode:22} {result['time']:.3f} s, {result['peak_memory'] / 2**30:.2f} GiB, "
+                f"estimate/measured memory {result['estimate/measured']:.3f}",
+                file=sys.stderr,
+            )
     for name, r in ratios.items():
         print(f"  {name:22} " + "  ".join(f"{k} {v:.3f}" for k, v in r.items()), file=sys.stderr)
     return {"precision": precision, "checkpointing": checkpointing, "batch": batch, "modes": modes, "ratios": ratios}
@@ -298,6 +344,8 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=("fp32", "bf16"))
     parser.add_argument("--checkpointings", nargs="+", choices=("off", "on"), default=("off", "on"))
     parser.add_argument("--public", type=Path, help="a clone of gucci-j/ssu, for mode public")
+    parser.add_argument("--compile", action="store_true", help="torch.compile of every decoder layer")
+    parser.add_argument("--liger", action="store_true", help="liger-kernel's norms, rotary embeddings and SwiGLU")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--mode", choices=MODES, help=argparse.SUPPRESS)
     parser.add_argument("--precision", choices=("fp32", "bf16"), help=argparse.SUPPRESS)
@@ -314,6 +362,8 @@ def main() -> None:
         "sequence_length": args.sequence_length,
         "steps": args.steps,
         "threads": args.threads,
+        "compile": args.compile,
+        "liger": args.liger,
         "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine(),
         "torch": torch.__version__,
         "ratios": settings[0]["ratios"],

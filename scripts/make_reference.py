@@ -12,6 +12,8 @@ from pydantic_core import PydanticUndefined
 
 from addlang.analyze.base import KINDS, Analysis, load_kind
 from addlang.cli import app
+from addlang.guards import available as guards
+from addlang.guards import load_guard
 from addlang.merge.methods import METHODS, Merge
 from addlang.recipe import Calibration, DatasetSpec, Evaluation, Phase, Recipe, RepliesEvaluation
 from addlang.schema import Condition, Replay, SelfPaced
@@ -64,6 +66,11 @@ def build() -> str:
         own = [n for n in cls.model_fields if n not in Strategy.model_fields]
         if own:
             lines += [*_fields(cls, own), ""]
+    lines += ["## Guards", "", "An item of `guards` of a phase: a name, or a mapping with `name` and these keys.", ""]
+    for name in guards():
+        guard = load_guard(name)
+        lines += [f"### guard: {name}", "", f"{guard.summary[:1].upper()}{guard.summary[1:]}. {guard.paper}.", ""]
+        lines += [*_fields(guard), ""]
     lines += ["## Merge files", "", MERGES, "", *_fields(Merge), ""]
     for name, method in METHODS.items():
         own = [n for n in method.model_fields if n not in Merge.model_fields and n != "parameters"]
@@ -126,7 +133,7 @@ def _type(annotation: Any) -> str:
         .replace("addlang.schema.", "")
         .replace("NoneType", "None")
     )
-    text = re.sub(r"addlang\.merge\.\w+\.", "", text)
+    text = re.sub(r"addlang\.(merge|guards)\.\w+\.", "", text)
     text = text.replace("float | tuple[float, ...] | Conditional | tuple[Conditional, ...]", "setting")
     if "Weighted" in text:
         text = "list of models"

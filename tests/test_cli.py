@@ -113,7 +113,8 @@ def test_python_m_addlang_is_the_same_program() -> None:
 def test_strategies_come_with_paper_and_summary(addlang: Addlang) -> None:
     rows = addlang("strategies", "--json").json
     assert {"full", "ssu"} <= {row["name"] for row in rows}
-    assert all(row["paper"] and row["summary"] and set(row) == {"name", "paper", "summary"} for row in rows)
+    assert all(row["paper"] and row["summary"] and set(row) == {"kind", "name", "paper", "summary"} for row in rows)
+    assert {row["name"] for row in rows if row["kind"] == "guard"} == {"ewc", "kl", "l2sp", "self_anchor"}
     table = addlang("strategies").out
     assert all(row["name"] in table for row in rows)
 
@@ -212,6 +213,19 @@ def test_overrides_of_run_are_checked_like_the_file(addlang: Addlang, recipe: Pa
         assert message in result.err
 
 
+def test_options_of_the_self_anchor_are_reached_by_dots(addlang: Addlang, world: World, tmp_path: Path) -> None:
+    arguments = ["adapt", world.model, world.text, "--language", "sw", "--output_dir", tmp_path / "out", "--dry-run"]
+    for key in ("--strategy.anchor.share", "--anchor.share"):
+        found = addlang(*arguments, "--strategy", "self_anchor", key, 0.4, "--json").json
+        assert found["phases"][0]["strategy"]["anchor"]["share"] == 0.4
+    shown = addlang(*arguments, "--strategy", "self_anchor", "--anchor.shar", 0.4)
+    assert "unknown option 'anchor.shar'. Did you mean 'share'?" in shown.err
+    assert (
+        "'anchor' is already set"
+        in addlang(*arguments, "--anchor", 1, "--anchor.share", 0.4, "--strategy", "self_anchor").err
+    )
+
+
 def test_all_mistakes_of_adapt_stand_in_one_message(addlang: Addlang, world: World, tmp_path: Path) -> None:
     result = addlang(
         "adapt", world.model, tmp_path / "gone.jsonl", "--language", "sw", "--output_dir", tmp_path / "o", "--tokens", "lots",
@@ -241,6 +255,38 @@ def test_plan_tells_what_the_run_will_do_and_trains_nothing(addlang: Addlang, re
     shown = addlang("plan", recipe)
     assert f"{phase['trainable']:,} of {phase['parameters']:,} parameters are trained" in shown.out
     assert "up_proj" in shown.out
+
+
+def test_plan_knows_what_split_execution_cannot_run(addlang: Addlang, recipe: Path) -> None:
+    columns, elements = (
+        addlang("plan", recipe, "--json", "--strategy.granularity", kind).json["phases"][0]
+        for kind in ("column", "element")
+    )
+    assert (columns["execution"], elements["execution"]) == ("split", "masked")
+    assert "is frozen element by element" in elements["why_masked"]
+    assert elements["trainable"] == columns["trainable"]
+    assert elements["memory"]["optimizer"] > columns["memory"]["optimizer"]  # of whole matrices
+    refused = addlang("plan", recipe, "--strategy.granularity", "element", "--execution", "split")
+    assert refused.code == 1
+    assert "is frozen element by element" in refused.err
+
+
+def test_plan_tells_adapters_from_weights_of_the_models_own(addlang: Addlang, recipe: Path) -> None:
+    phase = addlang("plan", recipe, "--json", "--strategy", "lora").json["phases"][0]
+    assert phase["execution"] == "adapters"
+    assert phase["trainable"] != sum(g["elements"] - g["frozen"] for g in phase["groups"])
+
+
+def test_plan_refuses_what_a_run_on_as_many_devices_would(addlang: Addlang, recipe: Path) -> None:
+    refused = addlang("plan", recipe, "--devices", 2, "--sharding", "none")
+    assert refused.code == 1
+    assert "sharding: none on 2 process(es)" in refused.err
+    assert addlang("plan", recipe, "--gpu", 0).code == 2
+    spread, copied = (
+        addlang("plan", recipe, "--devices", 2, "--sharding", how, "--json").json["phases"][0]["memory"]
+        for how in ("fsdp", "ddp")
+    )
+    assert spread["optimizer"] == pytest.approx(copied["optimizer"] / 2, rel=0.01)
 
 
 def test_plan_needs_no_weights_and_says_whose_type_it_reckons_with(

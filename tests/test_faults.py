@@ -280,6 +280,41 @@ def test_a_loss_that_becomes_nan_stops_the_run_and_names_the_rows(
     nothing_half_written(tmp_path / "out")
 
 
+def test_memory_that_runs_out_in_training_is_explained_with_settings_that_fit(
+    run_command: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "token_loss", dying_at(3, loop.token_loss, full))
+        code, error = run_command()
+    assert code == 1
+    assert "memory ran out in phase 'adapt': training needs about" in error
+    assert error.partition("fix: one of:")[2].count("GiB)") == 3
+    nothing_half_written(tmp_path / "out")
+    assert run_command()[0] == 0
+
+
+@pytest.mark.parametrize(
+    "function",
+    ["addlang.evaluate.suite.cached_evaluate", "addlang.strategies.ssu.SSU.plan"],
+    ids=["evaluation", "scoring"],
+)
+def test_memory_that_runs_out_elsewhere_is_said_with_the_setting_to_lower(
+    function: str, run_command: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(function, full)
+        code, error = run_command()
+    assert code == 1
+    assert "memory ran out: CUDA out of memory" in error
+    assert "fix: lower evaluation.batch_size or calibration.batch_size" in error
+    nothing_half_written(tmp_path / "out")
+    assert run_command()[0] == 0
+
+
 def test_a_model_with_nan_weights_is_refused(run_command: Run, tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     tensors = load_file(model / "model.safetensors")

@@ -48,6 +48,50 @@ def test_the_papers_recipe_has_the_papers_steps() -> None:
     assert -(-phase.tokens // (phase.batch_size * phase.sequence_length)) == 12_208
 
 
+SAMPLING = {"do_sample": True, "temperature": 0.8, "top_k": 40, "top_p": 0.8, "repetition_penalty": 1.1}
+# Tables 2 and 10-13, Figure 2, Tables 3, 4, 5, 6 and 14: arms of the paper, without its source model
+SSU_ARMS = {
+    "table2-main": 7, "figure2-ratio": 1 + 3 * 7, "table3-granularity": 3, "table4-scorers": 5, "table5-calibration": 3,
+    "tables6-14-baselines": 1 + 8 + 5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SSU_ARMS)
+def test_the_ssu_papers_rows_are_there_for_two_models_and_five_languages_with_tables_8_and_9s_values(name: str) -> None:
+    path = ROOT / "recipes" / "ssu" / f"{name}.yaml"
+    study = load_study(path)
+    assert study.same_budget
+    assert len([arm for arm in study.arms if "public code" not in arm]) == SSU_ARMS[name]
+    settings = set()
+    for cell, data in cells(study, path.parent, files=False).items():
+        recipe = Recipe.parse(data)
+        (phase,) = recipe.phases
+        settings.add((recipe.model_name_or_path, recipe.language, phase.datasets[0].name))
+        assert (phase.tokens, phase.batch_size, phase.sequence_length) == (200_000_000, 32, 512)
+        assert (phase.learning_rate, phase.lr_scheduler_type, phase.warmup_steps) == (5e-5, "cosine", 0.05)
+        assert (phase.adam_beta1, phase.adam_beta2, phase.adam_epsilon, phase.weight_decay) == (0.9, 0.999, 1e-8, 0.01)
+        assert phase.precision == "bf16"
+        assert phase.calibration.sequences == (128 if cell.arm == "Default (128)" else 500)
+        assert phase.calibration.sequence_length == 2048
+        outer = (phase.strategy.train_embeddings, phase.strategy.train_lm_head, phase.strategy.freeze_special_tokens)
+        assert outer == (True, True, False)
+        if phase.strategy.name == "gmt":
+            assert phase.gradient_accumulation_steps == 4
+        if phase.strategy.name == "adalora":
+            s = phase.strategy
+            assert (s.target_rank, s.alpha, s.dropout, s.beta1, s.beta2, s.orthogonal) == (8, 32, 0.05, 0.85, 0.85, 0.5)
+            assert s.schedule(12_208) == (1000, 8546, 20)
+        if phase.strategy.name == "lota":
+            assert phase.strategy.warmup_steps == 100
+        shots = {recipe.evaluation.shots(t) for t in recipe.evaluation.tasks if "mmlu" in t}
+        assert shots == {5}
+        assert {recipe.evaluation.shots(t) for t in recipe.evaluation.tasks if "belebele" in t} == {3}
+        decoding = recipe.evaluation.generation_kwargs
+        assert decoding == {"ifeval": {**SAMPLING, "max_gen_toks": 1280}, "gsm8k": SAMPLING}
+    models = {f"allenai/OLMo-2-1124-{size}-Instruct" for size in ("7B", "13B")}
+    assert settings == {(m, code, code) for m in models for code in ("ne", "ky", "am", "ha", "ig")}
+
+
 @pytest.mark.parametrize(("name", "runs"), [("order", 12), ("table-5", 16), ("table-d9", 16)])
 def test_the_two_phase_papers_rows_are_there_with_table_a1s_values(name: str, runs: int) -> None:
     path = ROOT / "recipes" / "two-phase" / f"{name}.yaml"
@@ -68,3 +112,10 @@ def test_orders_of_phases_are_compared_at_one_budget() -> None:
     for cell, data in cells(study, path.parent, files=False).items():
         budgets.setdefault(cell.setting, set()).add(Recipe.parse(data).budget)
     assert all(len(of_arms) == 1 and None not in of_arms for of_arms in budgets.values())
+
+
+def test_openorcas_system_prompts_meet_a_template_that_knows_them() -> None:
+    path = ROOT / "recipes" / "two-phase" / "table-d9.yaml"
+    grid = cells(load_study(path), path.parent, files=False)
+    templates = {cell.setting[0]: data.get("chat_template") for cell, data in grid.items()}
+    assert templates == {"Mistral-7B": "mistral", "Llama-3-8B": None}

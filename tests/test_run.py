@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from tiny import ARCHITECTURES, make_tokenizer, save_model
 
 from addlang.errors import AddlangError, PreemptedError, ProofError
@@ -280,6 +280,42 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"use_liger_kernel": True}, r"liger-kernel cannot be used(.|\n)*addlang\[liger\]"),
+        ({"optimizer": "adamw_8bit"}, r"needs torchao(.|\n)*addlang\[optimizers\]"),
+        ({"torch_compile": True}, r"torch_compile needs a C\+\+ compiler"),
+        ({"attn_implementation": "flash_attention_2", "per_device_train_batch_size": 1}, "'flash_attention_2' cannot be used"),
+        ({"attn_implementation": "flash_attention_3", "per_device_train_batch_size": 1}, "'flash_attention_3' cannot be used"),
+        ({"sharding": "fsdp"}, r"sharding: fsdp on 1 process\(es\)"),
+        ({"execution": "split", "strategy": {"name": "ssu", "granularity": "element"}}, r"'model\..*q_proj.weight' is frozen element by element"),
+        ({"execution": "masked", "strategy": "lora"}, "there is no execution to choose"),
+        ({"precision": "fp32", "master_weights": "model"}, "precision: fp32 contradicts master_weights: model"),
+    ],
+    ids=["liger", "torchao", "compiler", "flash2", "flash3", "sharding", "elements", "adapters", "precision"],
+)  # fmt: skip
+def test_what_cannot_work_here_is_said_before_anything_is_measured(
+    settings: dict[str, Any], message: str, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("liger_kernel", "torchao", "torchao.optim"):
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    for number in (2, 3):
+        monkeypatch.setattr(f"transformers.utils.is_flash_attn_{number}_available", lambda: False)
+    monkeypatch.setattr("addlang.run.prepare_data", lambda *_: pytest.fail("the data were read first"))
+    with pytest.raises(AddlangError, match=message):
+        execute(world.recipe(tmp_path / "out", **settings))
+
+
+def test_a_warmup_longer_than_the_data_is_refused_before_anything_is_measured(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("addlang.run.evaluate", lambda *_: pytest.fail("the model was measured first"))
+    with pytest.raises(AddlangError, match=r"warmup_steps 1000 leaves none of the 12 steps(.|\n)*lower warmup_steps"):
+        execute(world.recipe(tmp_path / "out", warmup_steps=1000))
+
+
 def test_no_chat_template_is_an_error_before_weights_are_loaded(world: World, tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     (model / "chat_template.jinja").unlink()
@@ -621,35 +657,31 @@ def long_recipe(world: World, directory: Path, tokens: int = 60_000) -> Path:
 
 
 def kills_give_the_same_bits(world: World, root: Path, count: int, seed: int) -> None:
-    """One uninterrupted run, then one that is killed ``count`` times at random moments of its life."""
-    import addlang.data.prepare
+    """One uninterrupted run, then others that are killed at random moments, ``count`` times in all.
 
+    A run that ends before its moment comes is compared, and the next kills hit a new one.
+    """
     began = time.monotonic()
-    whole = start(long_recipe(world, root / "whole"))
-    assert whole.wait() == 0
+    assert start(long_recipe(world, root / "whole")).wait() == 0
     length = time.monotonic() - began
-    recipe, r, kills = long_recipe(world, root / "killed"), random.Random(seed), 0
-    assert addlang.data.prepare.cache_root().is_dir()
-    while kills < count:
-        process = start(recipe)
+    r, kills, run = random.Random(seed), 0, 0
+    fresh = True  # nothing has killed this run yet
+    while kills < count or not fresh:
+        process = start(long_recipe(world, root / f"run-{run}"))
         try:
-            process.wait(timeout=r.uniform(0.3, 0.95) * length)
-            if kills:
-                break
-            length *= 0.5  # it was over sooner than the first, while other work held that up: again from the beginning
-            shutil.rmtree(root / "killed")
-            recipe = long_recipe(world, root / "killed")
+            _, error = process.communicate(timeout=None if kills == count else r.uniform(0.3, 0.95) * length)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills += 1
-    last = start(recipe)
-    _, error = last.communicate()
-    assert last.returncode == 0 or "finished run" in error
-    assert kills > 0
-    assert same(root / "killed" / "out", root / "whole" / "out")
-    assert metrics(root / "killed" / "out") == metrics(root / "whole" / "out")
-    assert not list((root / "killed" / "out").rglob("*.tmp"))
+            process.communicate()
+            kills, fresh = kills + (process.returncode == -signal.SIGKILL), False
+            continue
+        assert process.returncode == 0 or "finished run" in error, error
+        assert same(root / f"run-{run}" / "out", root / "whole" / "out")
+        assert metrics(root / f"run-{run}" / "out") == metrics(root / "whole" / "out")
+        assert not list((root / f"run-{run}" / "out").rglob("*.tmp"))
+        length *= 0.8 if fresh else 1.0  # it was over sooner than the first, while other work held that up
+        run, fresh = run + 1, True
+    assert kills == count
 
 
 @pytest.mark.slow
@@ -682,6 +714,40 @@ def test_a_terminated_process_exits_75_and_continues(world: World, tmp_path: Pat
     whole = start(long_recipe(world, tmp_path / "whole"))
     assert whole.wait() == 0
     assert same(tmp_path / "out", tmp_path / "whole" / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["fsdp", "ddp"])
+def test_torchrun_trains_what_one_process_trains_and_one_process_can_go_on(
+    sharding: str, world: World, tmp_path: Path
+) -> None:
+    whole = start(long_recipe(world, tmp_path / "whole", 20_000))
+    assert whole.wait() == 0
+    recipe = long_recipe(world, tmp_path, 20_000)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    process = subprocess.Popen(
+        [*torchrun, "-m", "addlang", "run", str(recipe), "--sharding", sharding],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    log = tmp_path / "out" / "metrics.jsonl"
+    while process.poll() is None and not (log.is_file() and log.stat().st_size > 2000):
+        time.sleep(0.02)
+    process.terminate()  # the launcher passes it on to its processes
+    said, _ = process.communicate()
+    assert process.returncode != 0
+    saved = list((tmp_path / "out").glob("checkpoint-*"))
+    assert saved, said
+    assert all((p / ".metadata").is_file() == (sharding == "fsdp") for p in saved)
+    assert read_state(tmp_path / "out")["processes"] == 2
+    assert start(recipe).wait() == 0
+    assert read_state(tmp_path / "out")["processes"] == 1
+    assert verify_run(tmp_path / "out")["ok"]
+    mine, one, source = (
+        load_file(d / "model.safetensors") for d in (tmp_path / "out", tmp_path / "whole" / "out", Path(world.model))
+    )
+    apart = sum(float((mine[n] - one[n]).float().square().sum()) for n in one)
+    moved = sum(float((one[n] - source[n]).float().square().sum()) for n in one)
+    assert apart < 0.01**2 * moved
 
 
 def test_a_base_model_needs_a_template_and_is_exported_with_it(world: World, tmp_path: Path) -> None:

@@ -107,6 +107,28 @@ def test_refusals() -> None:
         shield(model, plan)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_clipping_in_a_trainer_sees_only_what_is_trained(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    model = make("llama-bias")
+    plan, rows = make_plan(model), batches(1)[0]
+    model(input_ids=rows, labels=rows).loss.backward()
+    trained = [p.grad[~plan[n].mask()] for n, p in model.named_parameters() if p.grad is not None]
+    model.zero_grad()
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=2, logging_steps=1, max_grad_norm=0.1,
+        save_strategy="no", report_to=[], use_cpu=True,
+    )  # fmt: skip
+    data = [{"input_ids": row, "labels": row} for row in rows]
+    trainer = Trainer(model=shield(model, plan), args=arguments, train_dataset=data)
+    trainer.train()
+    norm = next(row["grad_norm"] for row in trainer.state.log_history if "grad_norm" in row)
+    assert norm == pytest.approx(float(torch.cat(trained).norm()), rel=1e-4)
+
+
 @pytest.mark.parametrize("number", range(1, len(BLOCKS)), ids=["plain", "trainer", "trl"])
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
@@ -134,3 +156,20 @@ def assert_ordinary_keys(folder: Path, source: dict[str, Tensor]) -> None:
 
     with safe_open(str(folder / "model.safetensors"), "pt") as f:
         assert set(f.keys()) == set(source)
+
+
+def test_a_model_that_is_sharded_already_is_refused_by_name() -> None:
+    """Also one loaded with a tensor-parallel plan: rows of its weights lie elsewhere."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = make("olmo2")
+    plan = make_plan(model)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(AddlangError, match=r"is sharded already(.|\n)*then shard it"):
+            shield(model, plan)
+    finally:
+        dist.destroy_process_group()

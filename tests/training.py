@@ -93,7 +93,13 @@ def make_exact(patch: pytest.MonkeyPatch) -> None:
         return softmax(x, *args, **kw)
 
     patch.setattr(torch.Tensor, "to", keep_double)
-    patch.setattr(torch.Tensor, "float", lambda self: self if self.dtype == torch.float64 else floats(self))
+
+    def keep_float(self: torch.Tensor) -> torch.Tensor:
+        if self.dtype == torch.float64:
+            return self
+        return floats(self) if self.is_floating_point() else self.double()  # positions meet doubles in rotary angles
+
+    patch.setattr(torch.Tensor, "float", keep_float)
     patch.setattr(torch.nn.functional, "softmax", keep_softmax)
 
 

@@ -65,6 +65,7 @@ class Preset:
 PRESETS = {
     "tiny": Preset(64, 2, 128, 2, 3e-3, 1024, (64, 128), warm_up=4),  # for tests
     "5m": Preset(256, 4, 704, 4, 3e-3, 4096, (256, 512)),  # 5.3 M with 8,192 tokens
+    "20m": Preset(448, 7, 1216, 7, 2e-3, 65536, warm_up=200),  # 20.7 M
     "30m": Preset(512, 8, 1408, 8, 2e-3, 65536, warm_up=200),  # 29.9 M
 }
 

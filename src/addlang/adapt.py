@@ -79,25 +79,25 @@ def adapt_recipe(
 
 
 def _place(data: dict[str, Any], key: str, value: Any, options: set[str]) -> str | None:
-    """Put ``--key value`` where the recipe has that key; the problem if it has none."""
-    head, dot, rest = key.partition(".")
-    if dot and head in ("strategy", "evaluation", "calibration"):
-        data[head][rest] = value
-    elif dot and head in Evaluation.model_fields:
-        inner = data["evaluation"].setdefault(head, {})
-        if not isinstance(inner, dict):
-            return f"--{key}: '{head}' is already set to a plain value"
-        inner[rest] = value
-    elif key in Recipe.model_fields or key in Phase.model_fields:
-        data[key] = value
-    elif key in options:
-        data["strategy"][key] = value
-    elif key in Evaluation.model_fields:
-        data["evaluation"][key] = value
+    """Put ``--key value`` where the recipe has that key, dots leading into mappings; the problem if it has none."""
+    path = key.split(".")
+    head = path[0]
+    if head != "phases" and (head in Recipe.model_fields or head in Phase.model_fields):
+        pass
+    elif head in options:
+        path = ["strategy", *path]
+    elif head in Evaluation.model_fields:
+        path = ["evaluation", *path]
     else:
         known = {*Recipe.model_fields, *Phase.model_fields, *Evaluation.model_fields, *options} - {"phases", "name"}
-        alias = ALIASES.get(key)
-        return f"--{key}: unknown option. " + (f"addlang calls it '{alias}'" if alias else did_you_mean(key, known))
+        alias = ALIASES.get(head)
+        return f"--{key}: unknown option. " + (f"addlang calls it '{alias}'" if alias else did_you_mean(head, known))
+    node: Any = data
+    for parent in path[:-1]:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            return f"--{key}: '{parent}' is already set to a plain value"
+    node[path[-1]] = value
     return None
 
 

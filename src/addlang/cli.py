@@ -154,7 +154,8 @@ def plan(
     context: typer.Context,
     recipe: Annotated[Path, typer.Argument(help="YAML recipe.")],
     gpu: Annotated[
-        float | None, typer.Option(help="Memory of one GPU in GiB (24, 48, 80, 141): what fits, and what must change.")
+        float | None,
+        typer.Option(min=1, help="Memory of one GPU in GiB (24, 48, 80, 141): what fits, and what must change."),
     ] = None,
     devices: Annotated[int, typer.Option(min=1, help="GPUs that the run is spread over.")] = 1,
     probe: Annotated[
@@ -269,7 +270,8 @@ def strategies(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """List the methods, each with its paper."""
+    """List the methods, each with its paper, and the guards that combine with any of them."""
+    from addlang import guards
     from addlang.strategies import available, load_strategy
 
     if table:
@@ -301,13 +303,23 @@ def strategies(
         measured_columns = ["time / full here", "memory / full here"] if measure else []
         render_table(["strategy", "trained", "FLOPs / full", "optimizer / full", *measured_columns, "note"], cells)
         return
-    rows = [{"name": c.name, "paper": c.paper, "summary": c.summary} for c in map(load_strategy, available())]
+    rows = [
+        {"kind": kind, "name": c.name, "paper": c.paper, "summary": c.summary}
+        for kind, classes in (
+            ("strategy", map(load_strategy, available())),
+            ("guard", map(guards.load_guard, guards.available())),
+        )
+        for c in classes
+    ]
     if as_json:
         emit(rows)
         return
     from addlang.report import render_table
 
-    render_table(["strategy", "what it does", "paper"], [[r["name"], r["summary"], r["paper"]] for r in rows])
+    for kind in ("strategy", "guard"):
+        lines = [[r["name"], r["summary"], r["paper"]] for r in rows if r["kind"] == kind]
+        render_table([kind, "what it does", "paper"], lines)
+        print()
 
 
 @app.command()
@@ -342,9 +354,16 @@ def main() -> None:
 
 
 def _explain(error: Exception) -> tuple[str, int] | None:
-    """Message and exit code of an error that is neither addlang's nor a bug: usage, disk, permissions."""
+    """Message and exit code of an error that is neither addlang's nor a bug: usage, disk, permissions, memory."""
     if hasattr(error, "format_message"):  # the CLI library's own
         return error.format_message(), int(getattr(error, "exit_code", 2))
+    if isinstance(error, RuntimeError | MemoryError):
+        from addlang.train.memory import ran_out
+
+        if ran_out(error):  # outside of training, which names the settings that would fit
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            fix = "lower evaluation.batch_size or calibration.batch_size (a run starts again with --overwrite), or use more memory"
+            return f"memory ran out: {first}\n  fix: {fix}", 1
     number, where = getattr(error, "errno", None), getattr(error, "filename", None)
     if inside := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors does not raise OSError
         number = int(inside[1])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 class AddlangError(ValueError):
@@ -50,3 +51,13 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
     hint = f"Did you mean '{near[0]}'? " if near else ""
     return f"{hint}Available: {', '.join(names)}"
+
+
+def options_at(model: Any, loc: Sequence[Any]) -> tuple[str, Iterable[str]]:
+    """The unknown key at the end of ``loc`` and the options that there are at that place, for :func:`did_you_mean`."""
+    for part in loc[:-1]:
+        field = model.model_fields.get(part)
+        if not hasattr(getattr(field, "annotation", None), "model_fields"):
+            break
+        model = field.annotation
+    return str(loc[-1]), model.model_fields

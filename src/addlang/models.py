@@ -90,8 +90,8 @@ def load_tokenizer(directory: Path, chat_template: Path | None = None) -> Any:
     """The fast tokenizer of a model directory, with a pad token.
 
     Args:
-        chat_template: path of a Jinja file that replaces the tokenizer's own template; a warning names control tokens
-            in it that the vocabulary does not have.
+        chat_template: path of a Jinja file that replaces the tokenizer's own template, with a warning if there is one;
+            another names control tokens in it that the vocabulary does not have.
     """
     from transformers import AutoTokenizer
 
@@ -114,9 +114,16 @@ def load_tokenizer(directory: Path, chat_template: Path | None = None) -> Any:
         tokenizer.pad_token = tokenizer.eos_token
     if chat_template is not None:
         try:
-            tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
+            given = chat_template.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise AddlangError(f"chat template '{chat_template}' cannot be read: {error}") from error
+        if tokenizer.chat_template not in (None, given):
+            warnings.warn(
+                f"chat template '{chat_template.stem}' takes the place of the model's own, with which it was tuned",
+                AddlangWarning,
+                stacklevel=2,
+            )
+        tokenizer.chat_template = given
         vocabulary = tokenizer.get_vocab()
         if missing := sorted(set(re.findall(r"<\|\w+\|>", tokenizer.chat_template)) - set(vocabulary)):
             warnings.warn(
@@ -183,6 +190,28 @@ def load_model(
     return model
 
 
+def skeleton(directory: Path) -> Any:
+    """The architecture of a checkpoint on the meta device, tied as it is, without weights.
+
+    Raises:
+        AddlangError: its configuration cannot be used.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        raise AddlangError(
+            f"{directory / 'config.json'} cannot be used: {_first_line(error)}",
+            "give the directory of a causal language model",
+        ) from error
+    model.tie_weights()
+    return model
+
+
 def weights_at_hand(directory: Path) -> bool:
     """Whether a model directory has weights at all; False: configuration and tokenizer can be read, and nothing more."""
     return any(any(directory.glob(pattern)) for pattern in ("*.safetensors", "*.safetensors.index.json", "*.bin"))
@@ -219,20 +248,30 @@ def apply_liger(model: Any) -> None:
     Raises:
         AddlangError: liger-kernel is not installed, or does not know the architecture.
     """
+    liger = import_liger()
+    kind = model.config.model_type
+    if kind not in liger.monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise AddlangError(
+            f"use_liger_kernel: liger-kernel does not know '{kind}' models", "leave use_liger_kernel out"
+        )
+    liger._apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False, cross_entropy=False)
+
+
+def import_liger() -> Any:
+    """liger-kernel's module for transformers.
+
+    Raises:
+        AddlangError: it is not installed, or cannot be used on this machine.
+    """
     try:
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance  # type: ignore[import-not-found]
-        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN  # type: ignore[import-not-found]
+        import liger_kernel.transformers  # type: ignore[import-not-found]
+        import liger_kernel.transformers.monkey_patch  # type: ignore[import-not-found]
     except ImportError as error:
         raise AddlangError(
             f"use_liger_kernel: liger-kernel cannot be used ({_first_line(error)})",
             "pip install 'addlang[liger]' on a machine with a GPU, or leave use_liger_kernel out",
         ) from error
-    kind = model.config.model_type
-    if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:
-        raise AddlangError(
-            f"use_liger_kernel: liger-kernel does not know '{kind}' models", "leave use_liger_kernel out"
-        )
-    _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False, cross_entropy=False)
+    return liger_kernel.transformers
 
 
 def _first_line(error: BaseException) -> str:

@@ -27,29 +27,30 @@ def plan_run(
         probe: measure a few steps here.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     from addlang.data.prepare import prepare
     from addlang.freeze.split import why_not_split
-    from addlang.models import load_tokenizer, parameter_kinds, resolve, stored_dtype, weights_at_hand
-    from addlang.run import describe, prepare_device
+    from addlang.models import load_tokenizer, parameter_kinds, resolve, skeleton, stored_dtype, weights_at_hand
+    from addlang.run import check_model, describe, prepare_device
     from addlang.train.loop import compute_dtype
     from addlang.train.memory import GIB, USABLE, estimate, form_of, optimizer_bytes
+    from addlang.train.optimizers import warmup
     from addlang.train.probe import seconds_per_step
     from addlang.train.schedule import micro_batch
+    from addlang.train.shard import World, sharding_of
 
     source = resolve(recipe.model_name_or_path, recipe.revision)
     tokenizer = load_tokenizer(source, recipe.template_path(base_dir))
+    check_model(recipe, source, tokenizer, weights=weights_at_hand(source))
     here = prepare_device(recipe)
     device = here if gpu is None else torch.device("cuda")
-    config = AutoConfig.from_pretrained(str(source), trust_remote_code=False)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    model.tie_weights()
+    model = skeleton(source)
+    config = model.config
     stored = stored_dtype(source, config)
     kinds = parameter_kinds(model)
     phases = []
     for phase in recipe.phases:
+        sharding = sharding_of(phase, World(size=devices))
         plan: FreezePlan = phase.strategy.outline(model)
         data = prepare(recipe, phase, tokenizer, base_dir=base_dir)
         micro = micro_batch(phase, data.batch_size, device.type, devices)
@@ -67,7 +68,8 @@ def plan_run(
             "stored_bytes": stored.itemsize,
             "compute_bytes": dtype.itemsize,
             "form": form_of(plan, phase, splittable=refused is None),
-            "shards": 1 if phase.sharding == "ddp" else devices,
+            "shards": devices if sharding == "fsdp" else 1,
+            "accumulated": data.batch_size > micro * devices,
         }
         steps, tokens, notes = data.sequences // data.batch_size, data.card["tokens"], list(data.card["notes"])
         if not weights_at_hand(source):
@@ -78,6 +80,7 @@ def plan_run(
             longer = 1 + data.pool.replay.share if data.pool.replay.mode == "append" else 1.0
             steps, tokens = math.ceil(steps * longer), round(tokens * longer)
             notes.append(f"{data.pool.replay.share:.0%} replay is still to be written by the model before this phase")
+        warmup(phase, steps)
         master = 4 if phase.master_weights == "fp32" else stored.itemsize
         memory = estimate(config, kept, phase, micro=micro, **about)
         seconds = None
@@ -88,7 +91,7 @@ def plan_run(
             {
                 "phase": phase.name,
                 "strategy": phase.strategy.name,
-                "execution": "masked" if masked else "split",
+                "execution": "adapters" if besides else "masked" if masked else "split",
                 "why_masked": refused if phase.execution == "auto" and refused else None,
                 "parameters": plan.numel,
                 "trainable": kept.trainable_count + besides,

@@ -135,6 +135,8 @@ class Recipe(Strict):
 
         path = Path(path)
         data = strictyaml.read_mapping(path, "recipe")
+        if "arms" in data:
+            raise AddlangError(f"'{path}' is a study, not a recipe", f"carry it out with addlang sweep {path}")
         for key, value in overrides:
             set_key(data, key, value)
         return cls.parse(data, where=str(path), files=True, base_dir=path.resolve().parent)

@@ -41,6 +41,7 @@ def execute(recipe: Recipe, *, overwrite: bool = False, base_dir: Path | None = 
     """
     check_requirements(recipe)
     with join_world(recipe.device) as world:
+        world.first(lambda: [sharding_of(phase, world) for phase in recipe.phases])
         run = world.first(lambda: RunDir.open(recipe, overwrite=overwrite)) or FollowedRun(recipe)
         if not world.leads:
             set_quiet(True)
@@ -153,7 +154,10 @@ def adapt(
     plan, guards = world.in_turn(lambda: prepare(model))
     if phase.use_liger_kernel:
         apply_liger(model)
-    with explain_out_of_memory(model, plan, phase, micro=micro, device=device, stored=stored.dtype, world=world):
+    with explain_out_of_memory(
+        model, plan, phase, micro=micro, device=device, stored=stored.dtype, world=world,
+        accumulated=schedule.batch > micro * world.size,
+    ):  # fmt: skip
         attached = phase.strategy.attach(model, plan, phase.execution, masters=phase.master_weights == "fp32")
         planned = run.state.get("plan", {})
         run.update(plan={**planned, phase.name: {**planned.get(phase.name, {}), "execution": attached.execution}})
@@ -279,6 +283,7 @@ def start_guards(
                     phase.calibration, tokenizer, language=run.recipe.source_language, base_dir=base_dir
                 ),
                 progress=lambda done, total, _what, bar=bar: _advance(bar, done, total),  # type: ignore[misc]
+                read_by_guards=phase.read_by_guards,
             )
             active.append(guard.start(context))
     run.update(guards={**run.state.get("guards", {}), phase.name: [g.describe() for g in active]})
@@ -318,10 +323,11 @@ def prepare_data(
     """Read, split and pack a phase's data and put its card into the state.
 
     Raises:
-        AddlangError: they are not what this run began with, so that it cannot be continued.
+        AddlangError: they are not what this run began with, so that it cannot be continued, or too few for the warmup.
     """
     from addlang.data.prepare import prepare
     from addlang.progress import note, progress
+    from addlang.train.optimizers import warmup
 
     rows = 0
     with progress(f"reading data of {phase.name}", unit="rows") as bar:
@@ -332,6 +338,8 @@ def prepare_data(
             bar.update(rows)
 
         data = prepare(recipe, phase, tokenizer, base_dir=base_dir, progress=count, exclude=exclude)
+    if data.pool is None:  # otherwise there are more steps to come
+        warmup(phase, data.sequences // data.batch_size)
     known = run.state.get("data", {}).get(phase.name)
     if run.done("evaluate:before") and known is not None and known["identity"] != data.card["identity"]:
         raise AddlangError(
@@ -433,8 +441,9 @@ def write_reports(path: Path) -> None:
 
 def check_requirements(recipe: Recipe) -> None:
     """What can be known to fail before any weight is loaded."""
-    from addlang.models import Checkpoint, resolve
+    from addlang.models import Checkpoint, import_liger, resolve
     from addlang.strategies.base import import_peft
+    from addlang.train.optimizers import require_libraries
 
     for phase in recipe.phases:
         needs = phase.strategy.requires()
@@ -442,6 +451,9 @@ def check_requirements(recipe: Recipe) -> None:
             Checkpoint(resolve(phase.strategy.reference_model))
         if "peft" in needs:
             import_peft(phase.strategy.name)
+        if phase.use_liger_kernel:
+            import_liger()
+        require_libraries(phase)
 
 
 def check_model(recipe: Recipe, source: Path, tokenizer: Any, *, weights: bool = True) -> None:
@@ -451,14 +463,15 @@ def check_model(recipe: Recipe, source: Path, tokenizer: Any, *, weights: bool =
         weights: False: they are not at hand, and not needed.
 
     Raises:
-        AddlangError: naming what is missing, torn or too short.
+        AddlangError: naming what is missing, torn, too short or contradictory.
     """
     from addlang.data.chat import require_chat_template
     from addlang.evaluation import context_length
-    from addlang.models import Checkpoint
+    from addlang.guards.sampling import turn_frame
+    from addlang.models import Checkpoint, skeleton
+    from addlang.train.optimizers import check_types
 
-    if weights:
-        Checkpoint(source)  # complete and whole, as its headers say
+    stored = Checkpoint(source).dtype if weights else None  # complete and whole, as its headers say
     longest = context_length(source)
     window = recipe.evaluation.sequence_length
     if window is not None and window > longest:
@@ -472,9 +485,16 @@ def check_model(recipe: Recipe, source: Path, tokenizer: Any, *, weights: bool =
                 f"phase '{phase.name}': sequence_length {phase.sequence_length} is longer than the model's context of {longest} tokens",
                 f"set sequence_length to {longest} or less",
             )
+        if stored is not None:
+            check_types(phase, stored)
+        if phase.execution != "auto":
+            model = skeleton(source)
+            phase.strategy.check_execution(model, phase.strategy.outline(model), phase.execution)
     needs = [what for p in recipe.phases for part in (p.strategy, *p.all_guards) for what in part.requires()]
     if "source_text" in needs or "chat_template" in needs:
         require_chat_template(tokenizer)
+    if "chat_template" in needs:
+        turn_frame(tokenizer)  # conversations can be sampled
 
 
 def check_calibration(run: RunDir, tokenizer: Any, base_dir: Path | None) -> None:
@@ -482,7 +502,8 @@ def check_calibration(run: RunDir, tokenizer: Any, base_dir: Path | None) -> Non
     from addlang.data.calibration import calibration_batches
 
     for phase in run.recipe.phases:
-        if "source_text" in phase.strategy.requires() and not run.done(f"plan:{phase.name}"):
+        needs = {what for part in (phase.strategy, *phase.all_guards) for what in part.requires()}
+        if "source_text" in needs and not run.done(f"plan:{phase.name}"):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", AddlangWarning)  # they come again, and to the report, when it is used
                 calibration_batches(

@@ -389,6 +389,22 @@ class Phase(TrainSettings):
                 raise ValueError(
                     f"no_previous_weights: '{holding[0]}' holds training to what the phase starts from; leave it out"
                 )
+        if self.embedding_learning_rate and not (self.strategy.train_embeddings or self.strategy.train_lm_head):
+            raise ValueError(
+                "embedding_learning_rate is set, but neither the embedding nor the head is trained; leave it out, or set "
+                "train_embeddings or train_lm_head in the strategy"
+            )
+        if twice := {g.name for g in self.guards} & {g.name for g in self.strategy.guards()}:
+            name = min(twice)
+            raise ValueError(
+                f"strategy '{self.strategy.name}' brings the guard {name} along; give its options there, or take strategy: full"
+            )
+        if self.read_by_guards >= 0.9:
+            who = ", ".join(f"{g.name} {g.token_share:.0%}" for g in self.all_guards if g.token_share)
+            raise ValueError(
+                f"guards read {self.read_by_guards:.0%} of all tokens ({who}), which leaves too little target text; "
+                "lower their shares"
+            )
         if self.parts and self.replay is not None:
             raise ValueError("a mixture has the data of all phases; it takes no replay")
         if self.parts and sum(part.datasets for part in self.parts) != len(self.datasets):
@@ -420,8 +436,12 @@ class Phase(TrainSettings):
     @property
     def all_guards(self) -> tuple[Any, ...]:
         """The phase's guards and those that its strategy brings along."""
-        own = {g.name for g in self.guards}
-        return (*self.guards, *(g for g in self.strategy.guards() if g.name not in own))
+        return (*self.guards, *self.strategy.guards())
+
+    @property
+    def read_by_guards(self) -> float:
+        """Share of the budget's tokens that guards read."""
+        return float(sum(guard.token_share for guard in self.all_guards))
 
 
 class RepliesEvaluation(Strict):
@@ -432,6 +452,9 @@ class RepliesEvaluation(Strict):
     )
     limit: int | None = Field(None, gt=0)
     max_new_tokens: int = Field(128, gt=0)
+
+
+Shots = Annotated[int, Field(ge=0)]
 
 
 class Evaluation(Strict):
@@ -456,7 +479,12 @@ class Evaluation(Strict):
     task_roles: Mapping[str, Literal["source", "target", "safety"]] = Field(
         {}, description="role of a task; default: source"
     )
-    num_fewshot: int | None = Field(None, ge=0)
+    num_fewshot: Shots | Mapping[str, Shots] | None = Field(
+        None, description="examples in the prompt, of all tasks or by task; None: as the task says"
+    )
+    generation_kwargs: Mapping[str, Mapping[str, Any]] = Field(
+        {}, description="by task: how the harness decodes, as in its task files (temperature, top_p, max_gen_toks, ...)"
+    )
     limit: int | None = Field(None, gt=0, description="items per task")
     replies: RepliesEvaluation | None = RepliesEvaluation()
     batch_size: int = Field(16, gt=0)
@@ -465,6 +493,20 @@ class Evaluation(Strict):
     scale_back: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], BeforeValidator(parse_list)] = Field(
         (), description="also measure the source model plus these shares of the whole update: w0 + a (w - w0)"
     )
+
+    @model_validator(mode="after")
+    def _settings_of_tasks_are_of_tasks_that_are_run(self) -> Evaluation:
+        shots = self.num_fewshot if isinstance(self.num_fewshot, Mapping) else {}
+        for key, by_task in (("num_fewshot", shots), ("generation_kwargs", self.generation_kwargs)):
+            if odd := sorted(set(by_task) - set(self.tasks)):
+                raise ValueError(
+                    f"{key}: '{odd[0]}' is none of the tasks ({', '.join(self.tasks) or 'there are none'})"
+                )
+        return self
+
+    def shots(self, task: str) -> int | None:
+        """Examples in the prompt of a task; None: as the task says."""
+        return self.num_fewshot.get(task) if isinstance(self.num_fewshot, Mapping) else self.num_fewshot
 
 
 def template_file(name: str | None, base_dir: Path | None) -> Path | None:

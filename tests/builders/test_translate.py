@@ -12,7 +12,7 @@ from addlang.builders.budget import Budget, Prices
 from addlang.builders.protect import Protector
 from addlang.data.journal import Journal
 from addlang.errors import AddlangError
-from chatserver import ROWS, SPANISH, Answer, Job, Server, into, read
+from chatserver import GERMAN, ROWS, SPANISH, Answer, Job, Server, into, read
 from tinyrun import Killed, dying_at
 
 TEXTS = 8  # six instructions; with marks all inputs are the same, and so are all outputs
@@ -222,6 +222,19 @@ def test_missing_usage_is_estimated_and_said_so(job: Job) -> None:
     about = job(Server(lambda text, number, request: Answer(into(["Wort"], text), usage=False)), check_language=False)
     assert about["tokens_estimated"]
     assert about["tokens_in"] > 0
+
+
+@pytest.mark.parametrize(
+    "usage", [{"prompt_tokens": -900, "completion_tokens": -900}, [], {"prompt_tokens": True}, "none"]
+)
+def test_a_usage_that_cannot_be_is_estimated_so_that_it_lifts_no_cap(job: Job, usage: Any) -> None:
+    def lying(text: str, number: int, request: dict[str, Any]) -> Answer:
+        choice = {"message": {"content": into(GERMAN, text)}, "finish_reason": "stop"}
+        return Answer(raw=json.dumps({"choices": [choice], "usage": usage}).encode())
+
+    about = job(Server(lying))
+    assert about["tokens_estimated"]
+    assert min(about["tokens_in"], about["tokens_out"]) > 0
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,23 @@ def test_template_that_refuses_the_conversation_says_why(tokenizer: Any) -> None
         encode_conversation(TALK, tokenizer, loss_on="responses")
 
 
+def test_template_without_system_messages_is_refused_with_one_that_has_them(tokenizer: Any) -> None:
+    """That of Mistral 7B Instruct v0.1, given a row of OpenOrca."""
+    row = {"system_prompt": "Be brief.", "question": "How are you?", "response": "Well."}
+    talk = to_messages(row, "openorca")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('Conversation roles must alternate user/assistant') }}{% endif %}{{ m['content'] }}{% endfor %}"
+    )
+    with pytest.raises(AddlangError, match=r"roles must alternate(.|\n)*chat_template: mistral"):
+        encode_conversation(talk, tokenizer, loss_on="responses")
+    template = builtin_template("mistral")
+    assert template is not None
+    tokenizer.chat_template = template.read_text(encoding="utf-8")
+    ids, loss = encode_conversation(talk, tokenizer, loss_on="responses")
+    assert "Be brief." in tokenizer.decode([i for i, x in zip(ids, loss, strict=True) if not x])
+
+
 def test_template_that_hides_the_answer_is_refused(tokenizer: Any) -> None:
     tokenizer.chat_template = "{{ messages | length }}" + BARE
     with pytest.raises(AddlangError, match=r"message 3(.|\n)*generation"):
@@ -151,7 +168,19 @@ def test_built_in_templates_put_the_loss_on_answers_and_their_ends(tokenizer: An
     assert "Be brief." in prompt
 
 
+def test_a_template_that_replaces_the_models_own_is_warned_of(tokenizer: Any, tmp_path: Path) -> None:
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.warns(AddlangWarning, match="'alpaca' takes the place of the model's own"):
+        load_tokenizer(tmp_path / "model", builtin_template("alpaca"))
+    (tmp_path / "same.jinja").write_text(tokenizer.chat_template)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", AddlangWarning)
+        load_tokenizer(tmp_path / "model", tmp_path / "same.jinja")
+
+
 def test_a_template_of_another_models_control_tokens_is_warned_of(tokenizer: Any, tmp_path: Path) -> None:
+    tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.warns(AddlangWarning, match=r"<\|eot_id\|>.*none of its own"):

@@ -107,6 +107,14 @@ def test_directory_reads_all_supported_files_in_order_each_in_its_own_format(
     assert [r.content for r in read(tmp_path)] == ["a", "b", "Hi\nHello"]
 
 
+def test_directory_of_translations_is_read_without_what_stands_beside_them(tmp_path: Path) -> None:
+    for name in ("de.jsonl", "de.jsonl.journal.jsonl", "de.jsonl.rejects.jsonl", "alone.journal.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"text": name}) + "\n")
+    (tmp_path / "de.jsonl.about.json").write_text("{}")
+    rows = list(read_rows(DatasetSpec(path=str(tmp_path))))
+    assert [row.text for row in rows] == ["alone.journal.jsonl", "de.jsonl"]
+
+
 def test_directory_without_data_is_refused(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("x")
     fails(tmp_path, "no supported file", ".parquet")

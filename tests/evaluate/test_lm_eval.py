@@ -140,6 +140,13 @@ def test_other_data_are_another_task(model: Any, tokenizer: Any, folder: Path) -
         paired_difference(before, after)
 
 
+def test_a_task_of_ones_own_does_not_wait_for_those_of_the_harness(
+    model: Any, tokenizer: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness, "_manager", lambda: pytest.fail("14,000 task files were read"))
+    assert len(run(model, tokenizer, [str(folder / "choice.yaml")])) == 1
+
+
 def test_a_group_is_one_measurement_over_all_items(model: Any, tokenizer: Any, folder: Path) -> None:
     for name in ("one", "two"):
         (folder / f"{name}.yaml").write_text(CHOICE.replace("tiny_choice", name))
@@ -256,3 +263,32 @@ def test_a_list_of_yes_and_no_becomes_a_share_of_its_parts() -> None:
     assert [(i.numerator, i.denominator) for i in items] == [(2, 3), (0, 1)]
     results["results"]["t"]["inst,none"] = 1 / 3  # the mean of shares: not a ratio of sums
     assert items_of(results, "t", "inst", "none", "") is None
+
+
+def test_decoding_and_examples_of_a_task_are_those_of_the_recipe(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Table 9 of the SSU paper decodes by sampling, where the harness's own files are greedy."""
+    file = str(folder / "write.yaml")
+    sampling = {"do_sample": True, "temperature": 1.5, "top_k": 0, "max_gen_toks": 5}
+    greedy, again, drawn = (
+        run(model, tokenizer, [file], generation=g, num_fewshot=n)[0]
+        for g, n in ((None, None), ({}, None), (sampling, 0))
+    )
+    assert greedy.settings["generation"]["tiny_write"]["do_sample"] is False
+    assert [i.detail for i in greedy.items] == [i.detail for i in again.items]
+    assert drawn.settings["generation"]["tiny_write"] == {"until": ["<|end|>"], **sampling}
+    assert [i.detail for i in drawn.items] != [i.detail for i in greedy.items]
+    with pytest.raises(AddlangError, match="'tiny_choice' generates nothing"):
+        run(model, tokenizer, [str(folder / "choice.yaml")], generation=sampling)
+
+
+def test_settings_by_task_name_tasks_that_are_run() -> None:
+    from addlang.recipe import Evaluation
+
+    evaluation = Evaluation(tasks=("ifeval", "mmlu"), num_fewshot={"mmlu": 5})
+    assert (evaluation.shots("mmlu"), evaluation.shots("ifeval")) == (5, None)
+    assert Evaluation(tasks=("mmlu",), num_fewshot=3).shots("mmlu") == 3
+    for key in ("num_fewshot", "generation_kwargs"):
+        with pytest.raises(ValueError, match=f"{key}: 'mmul' is none of the tasks"):
+            Evaluation.model_validate({"tasks": ["mmlu"], key: {"mmul": 5 if key == "num_fewshot" else {}}})
+    with pytest.raises(ValueError, match="greater than or equal to 0"):
+        Evaluation.model_validate({"tasks": ["mmlu"], "num_fewshot": {"mmlu": -1}})

@@ -43,6 +43,7 @@ def start(model: Any, cache: Path, **options: Any) -> Any:
             autocast=contextlib.nullcontext,
             calibration=lambda: Given(),
             progress=lambda *_: None,
+            read_by_guards=guard.token_share,
         )  # type: ignore[arg-type]
     )
 
@@ -86,3 +87,71 @@ def test_unknown_guards_and_options_name_the_nearest() -> None:
         make_guard("self_ancor", {})
     with pytest.raises(AddlangError, match="Did you mean 'weight'"):
         make_guard("kl", {"wieght": 1})
+
+
+def test_guards_share_the_budget_as_their_shares_say(tmp_path: Path) -> None:
+    """Of ten tokens one is anchored by one guard and three by another: six are left for the target, a sixth and a half of
+    which the guards read."""
+    from dataclasses import replace
+
+    active = start(make_model("llama"), tmp_path, share=0.1)
+    alone = active.order.per_step
+    guard = make_guard("kl", {"share": 0.1})
+    together = guard.start(replace(active.context, read_by_guards=0.4)).order.per_step
+    per_row = active.about["tokens"] / len(active.teacher)
+    assert alone * per_row == pytest.approx(4 * 64 * 0.1 / 0.9)
+    assert together * per_row == pytest.approx(4 * 64 * 0.1 / 0.6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"guards": [{"name": "kl", "share": 0.5}, {"name": "self_anchor", "share": 0.6}]},
+            r"guards read 110% of all tokens \(kl 50%, self_anchor 60%\)",
+        ),
+        ({"strategy": "self_anchor", "guards": ["self_anchor"]}, "'self_anchor' brings the guard self_anchor along"),
+        ({"guards": ["kl", "kl"]}, "a guard stands twice"),
+        ({"guards": [{"name": "ewc", "sampling": {"conversations": 9}}]}, "sampling has options of data: self"),
+    ],
+)
+def test_guards_that_make_no_sense_together_are_refused_with_the_reason(
+    changes: dict[str, Any], message: str, world: World, tmp_path: Path
+) -> None:
+    with pytest.raises(AddlangError, match=message):
+        world.recipe(tmp_path / "out", **changes)
+
+
+@pytest.mark.usefixtures("offline")
+def test_bad_conversations_of_a_guard_are_named_before_anything_is_measured(world: World, tmp_path: Path) -> None:
+    (tmp_path / "chat.jsonl").write_text('{"messages": [{"role": "user"}]}\n')
+    given = {"datasets": [{"path": str(tmp_path / "chat.jsonl")}]}
+    with pytest.raises(AddlangError, match=r"chat\.jsonl, row 1"):
+        execute(world.recipe(tmp_path / "out", strategy="full", guards=["kl"], calibration=given))
+    assert not (tmp_path / "out" / "results.jsonl").exists()
+
+
+@pytest.mark.usefixtures("offline")
+def test_the_report_and_the_model_card_name_the_guards_and_what_they_held_to(world: World, tmp_path: Path) -> None:
+    out = execute(world.recipe(tmp_path / "out", guards=[{"name": "kl", "share": 0.25}, "l2sp"]))
+    for file in ("report.html", "README.md"):
+        text = (out / file).read_text(encoding="utf-8")
+        assert "Guard kl (weight 0.3, share 0.25, temperature 1, top k 64, kl, constant), on 12 conversations" in text
+        assert "Guard l2sp (weight 0.01)." in text
+
+
+def test_what_was_sampled_is_told_with_counts_and_examples() -> None:
+    from addlang.report.phases import guard_text
+
+    text = guard_text(
+        {
+            "guard": "self_anchor", "weight": 0.3, "share": 0.3, "sampled_conversations": 2000, "sampled_drawn": 2560,
+            "sampled_dropped": {"empty turn": 12, "skipped": 3}, "sampled_openings": 180, "sampled_largest_opening": 0.125,
+            "sampled_examples": [{"instruction": "Count\nthe fish", "answer": "3"}],
+        }
+    )  # fmt: skip
+    assert "sampled 2,560 conversations, 2,000 were kept, dropped: 12 empty turn, 3 skipped." in text
+    assert (
+        "180 ways (first three words); the commonest is 12.5 % of them. For example: “Count the fish”, answered “3”."
+        in text
+    )

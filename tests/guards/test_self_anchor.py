@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from tiny import make_model, make_tokenizer
 
 from addlang.errors import AddlangError
 from addlang.guards import GuardContext, make_guard
+from addlang.guards.anchored import rows_at_a_time
 from addlang.guards.sampling import turn_frame
 from addlang.guards.teacher import RowOrder, Teacher, ask, divergence, model_positions, pack_rows
 from addlang.strategies import PlanInputs, make_strategy
+from tinyrun import Killed, dying_at
 
 LOOSE = {"max_instruction_tokens": 24, "max_answer_tokens": 24, "attempts": 40}
 
@@ -26,6 +29,7 @@ def context(model: Any, cache: Path, **kw: Any) -> GuardContext:
         "model": model, "model_hash": "h", "tokenizer": make_tokenizer(), "seed": 0, "device": torch.device("cpu"),
         "cache_dir": cache, "language": "en", "sequence_length": 64, "batch": 4, "steps": 10,
         "autocast": contextlib.nullcontext, "calibration": lambda: None, "progress": lambda *_: None,
+        "read_by_guards": 0.3,
     }  # fmt: skip
     return GuardContext(**{**settings, **kw})
 
@@ -104,7 +108,7 @@ class Writer:
         self.limit = limit
 
     def __call__(self, _model: Any, tokenizer: Any, prompts: Any, **kw: Any) -> list[list[int]]:
-        start = tokenizer(turn_frame(tokenizer)[0], add_special_tokens=False)["input_ids"]
+        start = tokenizer(turn_frame(tokenizer).prompt, add_special_tokens=False)["input_ids"]
         turn = self.turns[0 if list(prompts[0]) == start else 1]
         self.prompts.append([list(p) for p in prompts])
         offset = 1000 * (len(self.prompts) // 2)
@@ -126,7 +130,7 @@ def test_conversations_are_sampled_in_the_chat_template_and_cached(
     guard = make_guard("self_anchor", {"conversations": 8, **LOOSE})
     active = guard.start(context(model, tmp_path))
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
-    start, end = turn_frame(make_tokenizer())
+    start, end = turn_frame(make_tokenizer()).before, turn_frame(make_tokenizer()).after
     assert make_tokenizer().decode(writer.prompts[0][0]) == start
     assert make_tokenizer().decode(writer.prompts[1][0]) == f"{start}the cat 0{end}"
     text = make_tokenizer().decode(active.teacher.tokens[0].tolist())
@@ -209,13 +213,113 @@ def test_the_weight_follows_its_schedule(schedule: str, first: float, last: floa
     assert active.weight(10) == pytest.approx(last)
 
 
-def test_a_template_without_an_end_of_turn_is_refused() -> None:
-    import copy
-
+def templated(template: str) -> Any:
     tokenizer = copy.deepcopy(make_tokenizer())
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(AddlangError, match="no end of a user turn"):
-        turn_frame(tokenizer)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for m in messages %}User: {{ m['content'] }}{% endfor %}", "no end of a user turn"),
+        ("{% for m in messages %}{{ m['content'] }}\nBot:{% endfor %}", "nothing before a user's words"),
+        ("{% for m in messages %}<|user|>{{ m['content'] | length }}<|end|>{% endfor %}", "does not keep a user turn"),
+    ],
+)
+def test_a_template_from_which_no_instruction_can_be_sampled_is_refused(template: str, message: str) -> None:
+    with pytest.raises(AddlangError, match=f"{message}(.|\n)*guard kl"):
+        turn_frame(templated(template))
+
+
+OLMO2 = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}<|helper|>\n{{ m['content'] + eos_token }}"
+    "{% else %}<|human|>\n{{ m['content'] }}\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|helper|>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt", "stop_text", "marks"),
+    [
+        (OLMO2, "<|bos|><|human|>\n", "\n<|helper|>", ("<|human|>", "<|helper|>")),  # as OLMo 2's: no control tokens
+        ("alpaca", "### Instruction:\n", "\n### Response:", ("### Instruction:", "### Response:")),
+        ("mistral", "<|bos|>[INST]", "[/INST]", ("[INST]", "[/INST]")),
+    ],
+)
+def test_a_turn_that_ends_in_plain_text_ends_at_that_text_and_not_at_its_first_token(
+    template: str, prompt: str, stop_text: str, marks: tuple[str, ...]
+) -> None:
+    """The first token of OLMo 2's end of turn is a line break: instructions of several lines would be cut, and one that
+    ends in a full stop, which forms one token with the line break, would run on into the answer."""
+    from addlang.data.builtin_sets import builtin_template
+
+    file = builtin_template(template)
+    frame = turn_frame(templated(template if file is None else file.read_text(encoding="utf-8")))
+    assert (frame.prompt, frame.stop_text, frame.stop_ids) == (prompt, stop_text, frozenset())
+    assert frame.marks == marks
+    assert frame.words(f" Sort:\n3, 1, 2.{stop_text}\n1, 2, 3") == ("Sort:\n3, 1, 2.", True)
+    assert frame.words("Sort:\n3, 1") == ("Sort:\n3, 1", False)
+
+
+def test_a_turn_that_ends_in_a_control_token_ends_there() -> None:
+    frame = turn_frame(make_tokenizer())
+    assert (frame.prompt, frame.stop_ids, frame.stop_text) == ("<|user|>", {make_tokenizer().eos_token_id}, None)
+
+
+def test_sampling_stops_at_a_text_wherever_its_tokens_end() -> None:
+    from addlang.evaluate.generation import sample
+
+    tokenizer, model = make_tokenizer(), make_model("llama")
+    settings: dict[str, Any] = {
+        "max_new_tokens": 40,
+        "batch_size": 4,
+        "stop_ids": set(),
+        "seed": 3,
+        "top_k": 0,
+        "top_p": 1.0,
+    }
+    prompts = [[7, 8], [9, 10], [11, 12], [13, 14]]
+    free = sample(model, tokenizer, prompts, **settings)
+    text = tokenizer.decode(free[1][9:12])
+    stopped = sample(model, tokenizer, prompts, stop_text=text, **settings)
+    assert len(stopped[1]) < 40
+    for whole, cut in zip(free, stopped, strict=True):
+        assert cut == whole[: len(cut)]
+        assert (text in tokenizer.decode(cut)) == (text in tokenizer.decode(whole))
+        assert text not in tokenizer.decode(cut[:-1])
+
+
+def test_of_a_plain_text_template_whole_turns_are_kept_and_other_turns_inside_them_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    says = ["sort these\nplease #\n<|helper|>", "what is # <|human|>\nyes?\n<|helper|>"]
+    writer = Writer(says, ["sat #", "sat # <|human|>\nmore"])
+    monkeypatch.setattr("addlang.evaluate.generation.sample", writer)
+    tokenizer = templated(OLMO2)
+    guard = make_guard("self_anchor", {"conversations": 4, **LOOSE, "max_instruction_tokens": 64})
+    active = guard.start(context(make_model("llama"), tmp_path, tokenizer=tokenizer))
+    about = active.describe()
+    assert about["sampled_dropped"]["another turn inside a turn"] > 0
+    assert about["sampled_examples"][0] == {"instruction": "sort these\nplease 0", "answer": "sat 1000"}
+    assert tokenizer.decode(writer.prompts[1][0]) == "<|bos|><|human|>\nsort these\nplease 0\n<|helper|>\n"
+
+
+def test_sampling_that_is_killed_goes_on_with_the_turns_that_were_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = Writer(["the cat #", ""], ["sat #"])
+    guard = make_guard("self_anchor", {"conversations": 8, **LOOSE})
+    monkeypatch.setattr("addlang.evaluate.generation.sample", writer)
+    want = guard.start(context(make_model("llama"), tmp_path / "whole")).teacher.tokens
+    calls = len(writer.prompts)
+    writer.prompts.clear()
+    monkeypatch.setattr("addlang.evaluate.generation.sample", dying_at(3, writer, Killed()))
+    with pytest.raises(Killed):
+        guard.start(context(make_model("llama"), tmp_path / "killed"))
+    monkeypatch.setattr("addlang.evaluate.generation.sample", writer)
+    got = guard.start(context(make_model("llama"), tmp_path / "killed")).teacher.tokens
+    assert np.array_equal(got, want)
+    assert len(writer.prompts) == calls
 
 
 def test_a_cache_without_its_last_file_counts_as_absent(tmp_path: Path) -> None:
@@ -241,6 +345,15 @@ def test_skipped_instructions_and_full_openings_are_left_out_and_counted(
     assert (about["sampled_openings"], about["sampled_largest_opening"]) == (2, 0.5)
 
 
+def test_openings_are_those_of_the_conversations_that_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last batch gives more than are wanted."""
+    monkeypatch.setattr("addlang.evaluate.generation.sample", Writer(["sort # now please"], ["sat #"]))
+    options = {"conversations": 6, **LOOSE, "sampling_batch_size": 5}
+    about = make_guard("self_anchor", options).start(context(make_model("llama"), tmp_path)).describe()
+    assert (about["sampled_drawn"], about["sampled_conversations"], about["sampled_openings"]) == (10, 6, 6)
+    assert about["sampled_largest_opening"] == pytest.approx(1 / 6)
+
+
 def test_a_skip_that_finds_nothing_or_is_no_expression_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,3 +363,19 @@ def test_a_skip_that_finds_nothing_or_is_no_expression_is_an_error(
         guard.start(context(make_model("llama"), tmp_path))
     with pytest.raises(AddlangError, match="no regular expression"):
         make_guard("self_anchor", {"skip": ["("]})
+
+
+def test_rows_of_a_forward_pass_keep_logits_small_and_conversations_apart(tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    def rows(vocabulary: int, attention: str, device: str) -> int:
+        head = SimpleNamespace(weight=SimpleNamespace(shape=(vocabulary, 8)))
+        config = SimpleNamespace(_attn_implementation=attention)
+        model = SimpleNamespace(get_output_embeddings=lambda: head, config=config)
+        return rows_at_a_time(context(model, tmp_path, sequence_length=512, device=torch.device(device)))
+
+    assert rows(300, "sdpa", "cpu") == 8
+    assert rows(300, "sdpa", "cuda") == 32
+    assert rows(100_352, "sdpa", "cuda") == 5  # 5 x 512 x 100,352 fp32 numbers are 0.96 GiB
+    assert rows(10**9, "sdpa", "cuda") == 1
+    assert rows(300, "flash_attention_2", "cuda") == 1

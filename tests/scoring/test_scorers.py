@@ -270,3 +270,24 @@ def test_wanda_of_several_batches_equals_a_direct_computation() -> None:
     for n in names:
         want = model.get_submodule(n).weight.detach().abs().sum(0) * seen[n].sqrt().float()
         assert torch.allclose(scores[f"{n}.weight"], want, rtol=1e-5), n
+
+
+def test_statistics_of_a_16_bit_model_are_not_kept_in_16_bits() -> None:
+    """The public code keeps them in bf16, where a sum of ones stops at 256."""
+    model = make_model("llama").bfloat16()
+    data = calibration(40)
+    statistics = InputStatistics()
+    name = "model.layers.0.mlp.down_proj"
+    seen: list[torch.Tensor] = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda _m, a: seen.append(a[0].detach().clone()))
+    statistics.collect(model, data)
+    handle.remove()
+    masks = [batch["attention_mask"].bool() for batch in data]
+    real = torch.cat([x[mask] for x, mask in zip(seen, masks, strict=True)])
+    assert real.dtype == torch.bfloat16
+    exact = real.double().square().sum(0)
+    assert torch.allclose(statistics.squares[name], exact, rtol=1e-6)
+    in_bf16 = torch.zeros_like(real[0])
+    for row in real:
+        in_bf16 += row.square()
+    assert not torch.allclose(in_bf16.double(), exact, rtol=1e-2)

@@ -60,6 +60,21 @@ def test_merging_gives_the_trained_models_logits(name: str, architecture: str) -
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("architecture", ["llama", "olmo2", "qwen3"])
+def test_merged_weights_are_those_of_pefts_own_merge(name: str, architecture: str) -> None:
+    attached = attach(name, make_model(architecture))
+    train(attached)
+    ours = {n: attached.merged(n).clone() for n in attached.targets}
+    for parameter, merged in ours.items():
+        layer = attached.layer(parameter)
+        source = layer.get_base_layer().weight.detach().clone()
+        layer.merge()
+        theirs = layer.get_base_layer().weight.detach()
+        assert not torch.equal(theirs, source), parameter
+        assert float((merged - theirs).abs().max()) <= 1e-6, parameter
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_before_the_first_step_the_export_is_the_source_bit_for_bit(name: str, dtype: torch.dtype) -> None:
     """DoRA's magnitudes must be the norms: peft rounds them to the type of the weights, 0.2 % off in bf16."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from tiny import make_model
 
 from addlang.errors import AddlangError
+from addlang.guards import make_guard
 from addlang.strategies import PlanInputs, make_strategy
 from addlang.strategies.lisa import draw
 
@@ -98,3 +101,33 @@ def test_a_checkpoint_remembers_who_is_awake() -> None:
 def test_more_active_layers_than_layers_is_an_error() -> None:
     with pytest.raises(AddlangError, match=r"active_layers 3 is more than the model's 2 layers"):
         make_strategy("lisa", {"active_layers": 3}).plan(make_model("llama"), PlanInputs())
+
+
+@pytest.mark.parametrize("name", ["l2sp", "ewc"])
+def test_a_penalty_leaves_sleeping_layers_alone_and_knows_those_that_will_wake(name: str) -> None:
+    """Its gradient is no reason to move what sleeps; and F of a layer that sleeps at the start must not be zero."""
+    guard: Any = make_guard(name, {"weight": 1e3}).start(conversations_only())
+    model = make_model("llama", num_hidden_layers=3)
+    attached = attach(model, active_layers=1, interval=1)
+    guard.begin(attached)
+    assert [p.requires_grad for _, p in attached.named_trainable()].count(False) > 0
+    if name == "ewc":
+        assert all(bool(f.any()) for n, f in guard.fisher.items() if n.endswith("proj.weight"))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.01)
+    guard.backward(attached, 1)
+    awake = attached.awake
+    for parameter, p in attached.named_trainable():
+        asleep = parameter in attached.layer_of and attached.layer_of[parameter] not in awake
+        assert (p.grad is None) == asleep, parameter
+
+
+def conversations_only() -> Any:
+    given = SimpleNamespace(ids=[list(range(6, 26)), list(range(40, 52))], source="drawn", fingerprint="f")
+    return SimpleNamespace(
+        calibration=lambda: given,
+        device=torch.device("cpu"),
+        autocast=contextlib.nullcontext,
+        progress=lambda *_: None,
+    )

@@ -104,3 +104,27 @@ def test_labels_that_are_not_there_and_studies_without_results_are_errors(world:
         carry_out.run_study(study, base_dir=tmp_path, command="", only=["ful"])
     with pytest.raises(AddlangError, match="no run of this study is finished"):
         carry_out.run_study(study, base_dir=tmp_path, command="", finished=True)
+
+
+def test_a_dry_run_lists_the_runs_that_only_names(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    from addlang import cli
+
+    recipes = Path(__file__).parents[2] / "recipes" / "ssu"
+    arguments = [
+        "addlang",
+        "sweep",
+        str(recipes / "table3-granularity.yaml"),
+        "--dry-run",
+        "--only",
+        "13B",
+        "--only",
+        "ha",
+    ]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capsys.readouterr().out.split() == [f"13B/ha/{unit}-wise-s0" for unit in ("column", "row", "element")]

@@ -26,9 +26,33 @@ def test_arms_are_compared_at_the_highest_gain_that_both_reach() -> None:
     assert rows["ssu"]["reference_kept"][0] == pytest.approx(-6.5 - 0.01)  # halfway between 4 and 9
     assert rows["ssu"]["difference"][0] == pytest.approx(4.0 - 0.002)
     assert rows["ssu"]["p_holm"] == rows["ssu"]["p"] < 0.001
-    assert rows["much"]["gained"] == 3.0
-    assert "gains more than this" in rows["much"]["note"]
+    assert rows["much"]["gained"] == 4.0
+    assert "full does not gain this" in rows["much"]["note"]
     assert "full" not in rows
+
+
+def test_an_arm_with_one_learning_rate_is_compared_at_what_each_seed_gained() -> None:
+    curves = {
+        "full": {seed: [(g, -g) for g in (1.0, 2.0, 3.0)] for seed in range(3)},
+        "one": {seed: [(2.0 + 0.2 * seed, -1.0 - 0.1 * seed)] for seed in range(3)},
+    }
+    (row,) = at_equal_gain(curves, "full")
+    assert row["gained"] == pytest.approx(2.2)
+    assert row["reference_kept"][0] == pytest.approx(-2.2)
+    assert row["difference"][0] == pytest.approx(1.1)
+    assert row["p"] < 0.01
+    assert "over" not in row
+
+
+def test_the_difference_over_shared_gains_is_the_area_between_the_curves() -> None:
+    curves: dict[str, dict[int, list[tuple[float, float]]]] = {
+        "full": {seed: [(1.0, 0.0), (2.0, -1.0), (4.0, -5.0)] for seed in range(2)},
+        "ssu": {seed: [(0.0, 0.0), (3.0, -1.5)] for seed in range(2)},
+    }
+    (row,) = at_equal_gain(curves, "full")
+    assert (row["over"]["from"], row["over"]["to"]) == (1.0, 3.0)
+    # ssu: mean -1 over [1, 3]; full: -0.5 over [1, 2] and -2 over [2, 3]
+    assert row["over"]["difference"][0] == pytest.approx(-1.0 + 1.25)
 
 
 def test_a_learning_rate_that_another_beats_is_no_part_of_the_curve() -> None:

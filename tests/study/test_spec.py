@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from addlang.errors import AddlangError
+from addlang.recipe import Recipe
 from addlang.study.spec import Cell, cells, load_study, overlay
 
 STUDY: dict[str, Any] = {
@@ -120,6 +121,14 @@ def test_arms_with_different_budgets_are_refused_unless_it_is_said(tmp_path: Pat
 def test_labels_that_are_one_file_name_are_refused(tmp_path: Path) -> None:
     with pytest.raises(AddlangError, match="would share 'a-b-s0'"):
         grid(tmp_path, arms={"a b": {"strategy": "full"}, "a/b": {"strategy": "full"}})
+
+
+def test_a_study_is_no_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text("output_dir: out\nrecipe: {}\narms: {a: {}}\n")
+    with pytest.raises(AddlangError, match="is a study, not a recipe") as error:
+        Recipe.load(path)
+    assert "addlang sweep" in str(error.value.fix)
 
 
 def test_a_recipe_is_no_study(tmp_path: Path) -> None:

@@ -114,27 +114,36 @@ torch.save(weights(attached), Path(sys.argv[1], "weights.pt"))
 
 
 def kill_at_random_points(tmp_path: Path, kills: int) -> None:
-    """Start, kill -9 at a random moment after the first step, start again ...; then compare with a run of one piece."""
+    """Start, kill -9 at a random moment after the first step, start again ..., and compare with a run of one piece.
+
+    A run that ends before its moment comes is compared, and the next kills hit a new one.
+    """
     command = [sys.executable, "-c", SCRIPT.format(tests=str(TESTS))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([*command, str(tmp_path / "whole")], check=True, env=environment, stdout=subprocess.DEVNULL)
+    want = torch.load(tmp_path / "whole" / "weights.pt", weights_only=True)
     delays = random.Random(0)
-    for _ in range(kills):
-        process = subprocess.Popen(
-            [*command, str(tmp_path / "killed")], env=environment, stdout=subprocess.PIPE, text=True
-        )
+    done, run, fresh = 0, 0, True
+    while done < kills or not fresh:
+        directory = tmp_path / f"run-{run}"
+        process = subprocess.Popen([*command, str(directory)], env=environment, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         process.stdout.readline()
-        time.sleep(delays.uniform(0, 0.5))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-    subprocess.run([*command, str(tmp_path / "killed")], check=True, env=environment, stdout=subprocess.DEVNULL)
-    want, got = (torch.load(tmp_path / d / "weights.pt", weights_only=True) for d in ("whole", "killed"))
-    assert all(torch.equal(want[n], got[n]) for n in want)
-    steps = [json.loads(line)["step"] for line in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 41))
-    assert not list((tmp_path / "killed").glob("*.tmp"))
+        if done < kills:
+            time.sleep(delays.uniform(0, 0.5))
+            process.send_signal(signal.SIGKILL)
+        process.stdout.read()
+        if process.wait() == -signal.SIGKILL:
+            done, fresh = done + 1, False
+            continue
+        assert process.returncode == 0
+        got = torch.load(directory / "weights.pt", weights_only=True)
+        assert all(torch.equal(want[n], got[n]) for n in want)
+        steps = [json.loads(line)["step"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
+        assert steps == list(range(1, 41))
+        assert not list(directory.glob("*.tmp"))
+        run, fresh = run + 1, True
+    assert done == kills
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from tiny import make_model, save_model
 from addlang.errors import AddlangError
 from addlang.freeze.proof import bits
 from addlang.models import apply_liger, load_model
-from addlang.train.optimizers import build_optimizer, parameter_groups, require_compiler, state_parts
+from addlang.train.optimizers import build_optimizer, check_types, parameter_groups, require_compiler, state_parts
 from training import Data, Killed, attach, phase, run, weights
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # tensors large enough for 8-bit state
@@ -135,6 +135,9 @@ def test_an_embedding_rate_without_embedding_is_refused() -> None:
     attached = attach(train_embeddings=False, train_lm_head=False)
     with pytest.raises(AddlangError, match="neither the embedding nor the head is trained"):
         parameter_groups(attached, phase(embedding_learning_rate=1e-3))
+    frozen = {"name": "full", "train_embeddings": False, "train_lm_head": False}
+    with pytest.raises(ValueError, match="neither the embedding nor the head is trained"):
+        phase(strategy=frozen, embedding_learning_rate=1e-3)
 
 
 @pytest.mark.parametrize("name", ["adamw_8bit", "adamw_bf16_sr"])
@@ -147,10 +150,18 @@ def test_without_its_library_an_optimizer_says_what_to_install(name: str, monkey
 
 
 def test_stochastic_rounding_refuses_wide_weights() -> None:
-    with pytest.raises(AddlangError, match="needs weights in bf16"):
-        build_optimizer(attach("full"), phase(optimizer="adamw_bf16_sr", master_weights="model"))
+    with pytest.raises(AddlangError, match="stored in bf16; this one is stored in float32"):
+        check_types(phase(optimizer="adamw_bf16_sr", master_weights="model"), torch.float32)
+    check_types(phase(optimizer="adamw_bf16_sr", master_weights="model"), torch.bfloat16)
     with pytest.raises(ValueError, match="needs master_weights: model"):
         phase(optimizer="adamw_bf16_sr")
+
+
+@pytest.mark.parametrize(("precision", "stored"), [("bf16", torch.float32), ("fp32", torch.bfloat16)])
+def test_a_precision_that_pure_weights_would_ignore_is_refused(precision: str, stored: torch.dtype) -> None:
+    with pytest.raises(AddlangError, match=f"precision: {precision} contradicts master_weights: model"):
+        check_types(phase(precision=precision, master_weights="model"), stored)
+    check_types(phase(precision=precision), stored)
 
 
 def test_no_compiler_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -198,12 +198,13 @@ class Endpoint:
             text, finish = choice["message"]["content"], choice.get("finish_reason")
         except (ValueError, KeyError, IndexError, TypeError):
             return None
-        usage = data.get("usage") or {}
-        known = isinstance(usage.get("prompt_tokens"), int) and isinstance(usage.get("completion_tokens"), int)
+        usage = data.get("usage")
+        counts = [usage.get(k) if isinstance(usage, dict) else None for k in ("prompt_tokens", "completion_tokens")]
+        known = [n for n in counts if type(n) is int and n >= 0]  # a negative number would lift the cap
         given = text if isinstance(text, str) else ""
         said = given.encode("utf-8", "replace").decode()  # half of a surrogate pair fits into no file
         guess = (sum(len(m["content"].encode()) for m in payload["messages"]) // 4, len(said.encode()) // 4)
-        tokens_in, tokens_out = (usage["prompt_tokens"], usage["completion_tokens"]) if known else guess
+        tokens_in, tokens_out = known if len(known) == 2 else guess
         problem = None
         if finish == "length":
             problem = f"cut off after {tokens_out} tokens"
@@ -220,7 +221,7 @@ class Endpoint:
             problem,
             tokens_in=tokens_in,
             tokens_out=tokens_out,
-            estimated=not known,
+            estimated=len(known) < 2,
         )
 
     def _session(self) -> Any:

@@ -1,4 +1,4 @@
-"""What a translator must not touch: code, addresses, numbers with units, placeholders, formatting, names.
+"""What a translator must not touch: code, addresses, files, numbers with units, placeholders, formatting, names.
 
 Every such stretch is replaced by a mark such as ``⟦3⟧`` before translation and put back afterwards. A translation in which
 a mark is missing, stands twice or was never given is refused.
@@ -11,9 +11,15 @@ import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from addlang.builders.code import code_spans
+
 _UNITS = (
     "km/h|m/s|mph|kmh|km²|km2|m²|m2|m³|m3|cm²|cm³|km|cm|mm|µm|nm|kg|mg|µg|lbs?|oz|ml|mL|dl|cl|GHz|MHz|kHz|Hz|kWh|kW|MW|GW|mA|mAh|"
     "KB|MB|GB|TB|kb|Mbps|Gbps|fps|dpi|px|pt|rpm|kcal|kJ|hPa|kPa|psi|dB|°C|°F|°|ppm|m|g|l|L|W|V|A|J|N|K"
+)
+_FILES = (
+    "py|ipynb|js|ts|tsx|java|cpp|cs|go|rs|rb|php|sh|bat|sql|html?|css|json|ya?ml|toml|ini|xml|csv|tsv|txt|md|log|cfg|pdf|"
+    "docx?|xlsx?|pptx?|png|jpe?g|gif|svg|mp[34]|wav|zip|gz|exe|dll"
 )
 _NUMBER = r"\d+(?:[.,]\d+)*"
 _KINDS = (
@@ -27,6 +33,8 @@ _KINDS = (
     r"</?[A-Za-z][^<>\n]{0,300}>|<!--.*?-->",
     r"\$[A-Z_][A-Z0-9_]+|\[[A-Z][A-Z0-9_]*\]|_{2,}(?!\w)",  # $HOME, [NAME], ____
     r"(?<=[{,])\s*\"(?:[^\"\\\n]|\\.)*\"\s*:",  # keys of JSON
+    r"(?<![\w@-])(?:[A-Za-z][A-Za-z0-9]*(?:_[A-Za-z0-9]+)+|[a-z]{2,}[A-Z][A-Za-z0-9]*)(?:\(\))?(?![\w-])|(?<!\w)[A-Za-z_][\w.]*\(\)",
+    rf"(?<![\w./-])[\w-]+\.(?:{_FILES})(?!\w)|(?<![\w/<:.])(?:~|\.{{1,2}})?(?:/[\w.-]*\w){{2,}}/?|(?<!\w)[A-Z]:\\[\w\\.-]*\w",
     rf"[€$£¥₦]\s?{_NUMBER}|{_NUMBER}\s?(?:[€£¥₦]|(?:%|{_UNITS})(?![\w%]))",
     r"(?<![\d:])\d{4}-\d{2}-\d{2}(?![\d-])|(?<![\d:])\d{1,2}:\d{2}(?::\d{2})?(?![\d:])",  # dates and times
     r"^[ \t]*(?:#{1,6}|[-*+•]|\d{1,3}[.)]|[A-Za-z][.)]|>)[ \t]+|^[ \t]*\|?(?:[ \t]*:?-{3,}:?[ \t]*\|?)+[ \t]*$",  # lists, headings
@@ -57,26 +65,48 @@ class Protector:
         object.__setattr__(self, "_pattern", found)
         object.__setattr__(self, "_marks", re.compile(rf"{before}\s*(\d+)\s*{after}"))
 
-    def protect(self, text: str) -> Protected:
-        """The text with marks, and what they stand for. Stretches that only white space separates share a mark."""
+    def protect(self, text: str, *, across_lines: bool = True) -> Protected:
+        """The text with marks, and what they stand for. Stretches that only white space separates share a mark.
+
+        Args:
+            across_lines: white space may hold line ends; not where the text is still to be cut at them.
+        """
         pattern: re.Pattern[str] = self._pattern  # type: ignore[attr-defined]
-        spans: list[tuple[int, int]] = []
-        for match in pattern.finditer(text):
-            begin, end = match.span()
+        groups: list[list[tuple[int, int]]] = []  # of one mark each
+        for begin, end in sorted([*(match.span() for match in pattern.finditer(text)), *code_spans(text)]):
+            last = groups[-1][-1] if groups else (0, 0)
+            between = text[last[1] : begin]
             if begin == end:
                 continue
-            if spans and not text[spans[-1][1] : begin].strip():
-                spans[-1] = (spans[-1][0], end)
+            if groups and begin < last[1]:
+                groups[-1][-1] = (last[0], max(end, last[1]))
+            elif groups and not between.strip() and (across_lines or "\n" not in between):
+                groups[-1].append((begin, end))
             else:
-                spans.append((begin, end))
+                groups.append([(begin, end)])
         pieces: list[str] = []
         kept: list[str] = []
         at = 0
-        for begin, end in spans:
-            pieces += [text[at:begin], self.mark.format(len(kept) + 1)]
-            kept.append(self._as_kept(text[begin:end]))
-            at = end
+        for group in groups:
+            pieces += [text[at : group[0][0]], self.mark.format(len(kept) + 1)]
+            at, stretch = group[0][0], ""
+            for begin, end in group:
+                stretch += text[at:begin] + self._as_kept(text[begin:end])
+                at = end
+            kept.append(stretch)
         return Protected("".join([*pieces, text[at:]]), tuple(kept))
+
+    def part(self, piece: str, whole: Protected) -> Protected:
+        """A piece of a protected text with marks of its own, counted from 1."""
+        marks: re.Pattern[str] = self._marks  # type: ignore[attr-defined]
+        kept: list[str] = []
+
+        def own(match: re.Match[str]) -> str:
+            kept.append(whole.kept[int(match[1]) - 1])
+            return self.mark.format(len(kept))
+
+        text = marks.sub(own, piece)
+        return Protected(text, tuple(kept))
 
     def _as_kept(self, span: str) -> str:
         return self.names.get(span, span)

@@ -133,11 +133,13 @@ class _Work:
                 yield file, row, record, format, found
 
     def pieces(self, text: str) -> list[_Piece]:
-        """A text cut, protected and named."""
+        """A text protected, cut and named: in this order, since what is protected may have several lines."""
         found = []
-        for piece, behind in split(text, self.job.unit):
-            protected = self.job.protector.protect(piece)
-            prose = has_prose(self.job.protector.prose(protected.text))
+        protector = self.job.protector
+        whole = protector.protect(text, across_lines=self.job.unit == "text")
+        for piece, behind in split(whole.text, self.job.unit):
+            protected = protector.part(piece, whole)
+            prose = has_prose(protector.prose(protected.text))
             key = fingerprint(*self.identity, protected.text) if prose else None
             found.append(_Piece(protected, behind, key))
         return found

@@ -25,6 +25,7 @@ def sweep(
 
     Keys of the file can be replaced: --seeds 0,1,2 --output_dir DIR --recipe.tokens 1M.
     """
+    from addlang.study.carry_out import run_study, wanted
     from addlang.study.spec import cells, load_study
 
     quiet(as_json)
@@ -32,7 +33,7 @@ def sweep(
     loaded = load_study(study, overrides)
     base_dir = study.resolve().parent
     if dry_run:
-        grid = cells(loaded, base_dir)
+        grid = {c: data for c, data in cells(loaded, base_dir).items() if wanted(loaded, c, only or [])}
         if as_json:
             emit([{"run": cell.folder, "recipe": data} for cell, data in grid.items()])
             return
@@ -42,7 +43,6 @@ def sweep(
         return
     from addlang.report import render_table
     from addlang.report.study import study_tables
-    from addlang.study.carry_out import run_study
 
     command = shlex.join(["addlang", "sweep", study.name, *context.args])
     path, result = run_study(loaded, base_dir=base_dir, command=command, jobs=jobs, only=only or [], finished=finished)

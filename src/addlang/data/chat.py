@@ -182,11 +182,16 @@ def _render(messages: Sequence[Message], tokenizer: Any, *, prompt: bool = False
     try:
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt))
     except Exception as error:  # templates raise whatever their authors wrote, mostly jinja2.TemplateError
-        raise _refused(error) from error
+        raise _refused(error, messages) from error
 
 
-def _refused(error: Exception) -> AddlangError:
-    return AddlangError(f"the chat template refuses the conversation: {error}", "correct the row, or the chat template")
+def _refused(error: Exception, messages: Sequence[Message]) -> AddlangError:
+    fix = "correct the row, or the chat template"
+    if any(m["role"] == "system" for m in messages):  # Mistral 7B Instruct v0.1, Gemma 2
+        fix += (
+            "; if it knows no system messages, give one that does, such as chat_template: mistral for Mistral's models"
+        )
+    return AddlangError(f"the chat template refuses the conversation: {error}", fix)
 
 
 def _render_with_spans(messages: Sequence[Message], tokenizer: Any, template: str) -> tuple[str, list[tuple[int, int]]]:
@@ -202,7 +207,7 @@ def _render_with_spans(messages: Sequence[Message], tokenizer: Any, template: st
             **tokenizer.special_tokens_map,
         )
     except Exception as error:  # as in _render
-        raise _refused(error) from error
+        raise _refused(error, messages) from error
     return texts[0], [(int(a), int(b)) for a, b in spans[0]]
 
 

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import json
 import re
+import string
+from collections.abc import Callable
 from itertools import repeat
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +43,9 @@ _CHUNK = 256  # pieces per string given to the tokenizer
 # which the text may be cut. The mark is a code point that is no character; a text that holds it is not cut at all.
 _MARK = "\ufdd0"
 _CUT = f"{_MARK} {_MARK}"
+# Marks that close a word, and line ends. In front of the first of them an ASCII letter or digit always ends a match, if
+# nothing but them follows in a piece: "end." and "end," are encoded as one "end" and two tails.
+_CLOSING = string.punctuation + "\n"
 _EXACT = "\ud801"  # what follows is the piece, whatever it begins and ends with; no valid text holds this
 
 
@@ -79,36 +84,83 @@ def separable(backend: str, separator: str) -> str | None:
     return LINE_ENDS.get(pattern) if apart else None
 
 
+class _Cut(NamedTuple):
+    """Keys of the pieces of some texts.
+
+    Attributes:
+        first: of the first piece of every text.
+        different: of all others, each once.
+        indices: of all others, in order, into ``different``.
+        counts: (n,) pieces per text, at least one.
+    """
+
+    first: list[str]
+    different: list[str]
+    indices: NDArray[np.int32]
+    counts: NDArray[np.int64]
+
+
+class _Ids:
+    """Flat ids of numbered strings, in order; number 0 has none."""
+
+    def __init__(self) -> None:
+        self._ids = np.empty(0, np.uint32)
+        self._lengths = self._starts = np.zeros(1, np.int64)
+
+    def add(self, ids: NDArray[np.uint32], lengths: NDArray[np.int64]) -> None:
+        """Strings with the next (n,) numbers."""
+        self._starts = np.concatenate([self._starts, len(self._ids) + np.cumsum(lengths) - lengths])
+        self._lengths = np.concatenate([self._lengths, lengths])
+        self._ids = np.concatenate([self._ids, ids])
+
+    def take(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+        """Flat ids and (n,) lengths of the strings with these numbers."""
+        lengths = self._lengths[numbers]
+        ends = np.cumsum(lengths)
+        at = np.arange(ends[-1] if len(ends) else 0) + np.repeat(self._starts[numbers] - (ends - lengths), lengths)
+        return self._ids[at], lengths
+
+
 class Memo:
     """Encodes texts by looking their pieces up; new pieces are encoded by the tokenizer itself.
 
     Args:
-        plain: backend that takes control tokens for ordinary text.
-        control: copy of it that recognises them, so that ``separator`` can keep pieces apart.
+        tokenizer: of this object alone. It takes control tokens for ordinary text, except where ``separator`` keeps pieces
+            apart.
         separator: a control token.
         line_ends: as :func:`separable` returns them.
     """
 
-    def __init__(self, plain: Any, control: Any, separator: str, line_ends: str) -> None:
-        self._plain, self._control, self._separator = plain, control, separator
+    def __init__(self, tokenizer: Any, separator: str, line_ends: str) -> None:
+        self._tokenizer, self._separator = tokenizer, separator
         self._single_line_ends = line_ends == "single"
-        self._separator_id = control.token_to_id(separator)
-        special = [t.content for t in control.get_added_tokens_decoder().values() if t.special]
+        self._separator_id = tokenizer.token_to_id(separator)
+        special = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special]
         self._special = re.compile("|".join(map(re.escape, special)))
+        ordinary = [t.content for t in tokenizer.get_added_tokens_decoder().values() if not t.special]
+        self._added = re.compile("|".join(map(re.escape, ordinary))) if ordinary else None
         self._forget()
 
     def _forget(self) -> None:
         self._known: dict[str, int] = {}  # number of every piece, from 1
         self._new: list[str] = []  # pieces that have a number and no ids yet
         self._characters = 0
-        self._ids = np.empty(0, np.uint32)
-        self._starts = self._lengths = np.zeros(1, np.int64)  # by piece; 0 is the mark of what cannot be looked up
+        self._pieces = _Ids()  # 0 is the mark of what cannot be looked up
+        self._known_parts: dict[str, int] = {"": 0}  # number of every head and tail of a piece
+        self._parts = _Ids()
 
-    def __call__(self, texts: list[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-        """Flat ids of all texts and their (n,) lengths."""
+    def __call__(self, texts: list[str]) -> Callable[[], tuple[NDArray[np.uint32], NDArray[np.int64]]]:
+        """Cut the texts; what comes back, called once, looks the pieces up: flat ids of all texts and their (n,) lengths.
+
+        Cutting touches nothing that is remembered, so the next texts can be cut while these are looked up.
+        """
+        cut = self._cut(texts)
+        return lambda: self._encode(texts, cut)
+
+    def _encode(self, texts: list[str], cut: _Cut) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
         if len(self._known) > MOST_PIECES or self._characters > MOST_CHARACTERS:
             self._forget()
-        numbers, counts = self._look_up(texts)
+        numbers, counts = self._look_up(cut), cut.counts
         bounds = np.cumsum(counts)
         odd = np.unique(np.searchsorted(bounds, np.flatnonzero(numbers == 0), side="right"))
         if len(odd):
@@ -121,16 +173,11 @@ class Memo:
             numbers = np.concatenate([*parts, numbers[done:]])
             bounds = np.cumsum(counts)
         self._encode_new()
-        starts, lengths = self._starts[numbers], self._lengths[numbers]
-        ends = np.cumsum(lengths)
-        at = np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
-        return self._ids[at], np.diff(ends[bounds - 1], prepend=0)
+        ids, lengths = self._pieces.take(numbers)
+        return ids, np.diff(np.cumsum(lengths)[bounds - 1], prepend=0)
 
-    def _look_up(self, texts: list[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Numbers of all pieces of texts cut at every space and line end, and their number per text (at least one).
-
-        Arrow cuts the texts and finds the different pieces; only these are looked up one by one.
-        """
+    def _cut(self, texts: list[str]) -> _Cut:
+        """All pieces of texts cut at every space and line end; Arrow cuts the texts and finds the different pieces."""
         import pyarrow as pa  # type: ignore[import-untyped]
         import pyarrow.compute as pc  # type: ignore[import-untyped]
 
@@ -139,15 +186,19 @@ class Memo:
         rest = pa.array([tail if space else None for _, space, tail in cut], pa.large_string())
         split = pc.split_pattern(rest, pattern=" ")
         coded = split.flatten().dictionary_encode()
-        of_different = self._numbers(coded.dictionary.to_pylist())
         counts = 1 + pc.fill_null(pc.list_value_length(split), 0).to_numpy(zero_copy_only=False).astype(np.int64)
-        numbers = np.empty(int(counts.sum()), np.int64)
+        return _Cut(first, coded.dictionary.to_pylist(), coded.indices.to_numpy(), counts)
+
+    def _look_up(self, cut: _Cut) -> NDArray[np.int64]:
+        """Numbers of all pieces; only different ones are looked up one by one."""
+        of_different = self._numbers(cut.different)
+        numbers = np.empty(int(cut.counts.sum()), np.int64)
         inner = np.ones(len(numbers), dtype=bool)
-        begins = np.cumsum(counts) - counts
+        begins = np.cumsum(cut.counts) - cut.counts
         inner[begins] = False
-        numbers[begins] = self._numbers(first)
-        numbers[inner] = of_different[coded.indices.to_numpy()]
-        return numbers, counts
+        numbers[begins] = self._numbers(cut.first)
+        numbers[inner] = of_different[cut.indices]
+        return numbers
 
     def _lines_marked(self, text: str) -> str:
         """The text with a space, between marks, at the line ends after which it may be cut."""
@@ -181,8 +232,26 @@ class Memo:
         return numbers
 
     def _encode_new(self) -> None:
-        new = [_piece(key) for key in self._new]
+        """Give every new piece its ids: those of its head and of its tail, each of which is encoded once."""
+        pieces = [_piece(key) for key in self._new]
         self._new.clear()
+        heads = [piece.rstrip(_CLOSING) for piece in pieces]
+        uncut = {i for i, head in enumerate(heads) if not (head[-1:].isascii() and head[-1:].isalnum())}
+        if self._added is not None and self._added.search("\n".join(pieces)):
+            uncut |= {i for i, piece in enumerate(pieces) if self._added.search(piece)}
+        for i in uncut:
+            heads[i] = pieces[i]
+        tails = [piece[len(head) :] for piece, head in zip(pieces, heads, strict=True)]
+        known = self._known_parts
+        new = [part for part in dict.fromkeys([*heads, *tails]) if part not in known]
+        known.update(zip(new, range(len(known), len(known) + len(new)), strict=True))
+        self._parts.add(*self._encode_parts(new))
+        both = np.array([[known[part] for part in heads], [known[part] for part in tails]], np.int64).T
+        ids, lengths = self._parts.take(both.ravel())
+        self._pieces.add(ids, lengths.reshape(-1, 2).sum(1))
+
+    def _encode_parts(self, new: list[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+        """Flat ids and (n,) lengths by the tokenizer; many parts at a time, with separators between them."""
         alone: list[int] = []  # pieces that spell out a control token; first look whether there is any at all
         if self._special.search("\n".join(new)):
             alone = [i for i, piece in enumerate(new) if self._special.search(piece)]
@@ -192,7 +261,8 @@ class Memo:
         order: list[int] = []  # of the pieces in ``ids``
         ids: list[NDArray[np.uint32]] = []
         sizes: list[NDArray[np.int64]] = []
-        encodings = self._control.encode_batch_fast(joined, add_special_tokens=False)
+        self._tokenizer.encode_special_tokens = False
+        encodings = self._tokenizer.encode_batch_fast(joined, add_special_tokens=False)
         for chunk, encoding in zip(chunks, encodings, strict=True):
             found = np.array(encoding.ids, np.uint32)
             cuts = np.flatnonzero(found == self._separator_id)
@@ -202,16 +272,14 @@ class Memo:
                 sizes.append(np.diff(cuts, prepend=-1, append=len(found)) - 1)
             else:  # the end of a piece and the separator formed another control token
                 alone += chunk
-        encodings = self._plain.encode_batch_fast([new[i] for i in alone], add_special_tokens=False)
+        self._tokenizer.encode_special_tokens = True
+        encodings = self._tokenizer.encode_batch_fast([new[i] for i in alone], add_special_tokens=False)
         order += alone
         ids += [np.array(e.ids, np.uint32) for e in encodings]
         sizes.append(np.fromiter((len(e.ids) for e in encodings), np.int64, len(alone)))
-        lengths = np.concatenate(sizes)
-        starts = len(self._ids) + np.cumsum(lengths) - lengths
-        back = np.argsort(order)
-        self._starts = np.concatenate([self._starts, starts[back]])
-        self._lengths = np.concatenate([self._lengths, lengths[back]])
-        self._ids = np.concatenate([self._ids, *ids])
+        table = _Ids()
+        table.add(np.concatenate([np.empty(0, np.uint32), *ids]), np.concatenate(sizes))
+        return table.take(1 + np.argsort(order))
 
 
 def _piece(key: str) -> str:

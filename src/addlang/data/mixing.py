@@ -42,7 +42,6 @@ def mix(
     from each of them as many tokens, and altogether as many steps, as the parts would have as phases of their own.
     """
     names = [spec.path for spec in phase.datasets]
-    read_by_guards = sum(guard.token_share for guard in phase.all_guards)
     spans = [slice(0, len(packed))]
     owners: Sequence[Part | Phase] = [phase]
     if phase.parts:
@@ -52,7 +51,7 @@ def mix(
     budgets = []
     for owner, span in zip(owners, spans, strict=True):
         roles = [spec.role for spec in phase.datasets[span]]
-        budgets.append(round(planned(owner, roles, packed[span], weights[span]) * (1 - read_by_guards)))
+        budgets.append(round(planned(owner, roles, packed[span], weights[span]) * (1 - phase.read_by_guards)))
     batch, scaled = global_batch(phase, min(budgets), devices)
     notes = [scaled] if scaled else []
     if not phase.parts:

@@ -37,7 +37,7 @@ from addlang.data.tokens import Encode, document_frame, frame, text_encoder
 from addlang.errors import AddlangError, AddlangWarning
 
 VERSION = 1  # of the packed form; part of every fingerprint
-BATCH_CHARACTERS = 8_000_000  # of text per call of the tokenizer: many words in common, little enough for flat memory
+BATCH_CHARACTERS = 4_000_000  # of text per call of the tokenizer: many words in common, and enough calls to overlap
 WINDOW = 4096  # conversations that are fitted into sequences together
 IGNORE = -100
 
@@ -354,7 +354,7 @@ def _ahead(
     """Encode the next batch while the caller works on the current one."""
     pending = None
     for rows in batches:
-        future = pool.submit(encode, [row.content for row in rows])
+        future = pool.submit(encode([row.content for row in rows]))
         if pending is not None:
             yield pending[0], pending[1].result()
         pending = rows, future

@@ -27,6 +27,7 @@ from addlang.recipe import DatasetSpec
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _TRUE = {"1", "true", "yes", "on"}
 LAB = "lab://"
+BESIDE = (".journal.jsonl", ".rejects.jsonl", ".about.json")  # see addlang.builders.translate
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,9 @@ def _local_files(given: str, base_dir: Path | None) -> list[Path] | None:
     path = path if path.is_absolute() or base_dir is None else base_dir / path
     try:
         if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.is_file() and kind_of(p) and not p.name.startswith("."))
+            files = sorted(
+                p for p in path.rglob("*") if p.is_file() and kind_of(p) and p.name[0] != "." and not _about_another(p)
+            )
             if not files:
                 raise AddlangError(
                     f"{path}: the directory holds no supported file",
@@ -226,6 +229,11 @@ def _local_files(given: str, base_dir: Path | None) -> list[Path] | None:
         message = f"{path}: there is no such file or directory"
         raise AddlangError(message, f"{near} (a data set of the hub is named OWNER/NAME)")
     return None
+
+
+def _about_another(path: Path) -> bool:
+    """Whether a file is what a builder keeps beside its result: a journal, rejects, facts."""
+    return any(path.name.endswith(end) and path.with_name(path.name.removesuffix(end)).exists() for end in BESIDE)
 
 
 def _nearby(path: Path) -> str:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from addlang.data.memo import Memo, separable
 from addlang.errors import AddlangError
 
-Encode = Callable[[list[str]], tuple[NDArray[np.uint32], NDArray[np.int64]]]
+Encoded = tuple[NDArray[np.uint32], NDArray[np.int64]]  # flat ids of some texts, (n,) their lengths
+Encode = Callable[[list[str]], Callable[[], Encoded]]
 
 
 def document_frame(tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -37,29 +38,29 @@ def document_frame(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def text_encoder(tokenizer: Any) -> Encode:
-    """A function from texts to ``(ids, lengths)``: the flat ids of all texts, without frame, and the (n,) lengths.
+    """A function from texts to a function that returns the flat ids of all texts, without frame, and the (n,) lengths.
+
+    Two steps, so that the first, which depends on nothing before, can run while the second works on other texts; the
+    second steps must be called one after the other.
 
     It works on a copy of the tokenizer, without truncation and padding, and takes control tokens that are spelt out in
     a text for ordinary text, so that a web page that quotes ``</s>`` does not end a document.
     """
     if not getattr(tokenizer, "is_fast", False):
-        return lambda texts: _flat(tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+        return lambda texts: (
+            lambda: _flat(tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+        )
+    from tokenizers import Tokenizer
+
     backend = tokenizer.backend_tokenizer.to_str()
-    plain = _copy(backend)
+    plain = Tokenizer.from_str(backend)
+    plain.no_padding()
+    plain.no_truncation()
     plain.encode_special_tokens = True
     line_ends = separable(backend, tokenizer.eos_token)
     if line_ends is not None:
-        return Memo(plain, _copy(backend), tokenizer.eos_token, line_ends)
-    return lambda texts: _flat([e.ids for e in plain.encode_batch_fast(texts, add_special_tokens=False)])
-
-
-def _copy(backend: str) -> Any:
-    from tokenizers import Tokenizer
-
-    copy = Tokenizer.from_str(backend)
-    copy.no_padding()
-    copy.no_truncation()
-    return copy
+        return Memo(plain, tokenizer.eos_token, line_ends)
+    return lambda texts: lambda: _flat([e.ids for e in plain.encode_batch_fast(texts, add_special_tokens=False)])
 
 
 def frame(

@@ -124,6 +124,7 @@ def sample(
     batch_size: int,
     stop_ids: Collection[int],
     seed: int,
+    stop_text: str | None = None,
     temperature: float = 0.8,
     top_p: float = 0.9,
     top_k: int = 40,
@@ -136,7 +137,8 @@ def sample(
     random state is left as it was. The result depends on ``seed``, on ``batch_size`` and on the prompts in a batch.
 
     Args and Returns: as :func:`greedy`, and ``temperature`` > 0, ``top_p`` in (0, 1], ``top_k`` (0: all tokens),
-    ``repetition_penalty`` (1: none).
+    ``repetition_penalty`` (1: none). ``stop_text`` ends a reply too; the token that completes it is returned, since text
+    need not end where a token does.
     """
     import torch
     from transformers import GenerationConfig
@@ -152,8 +154,10 @@ def sample(
         top_k=top_k,
         repetition_penalty=repetition_penalty,
         eos_token_id=sorted(stop_ids) or None,
+        stop_strings=None if stop_text is None else [stop_text],
         pad_token_id=pad,
     )
+    extra = {} if stop_text is None else {"tokenizer": tokenizer}
     replies: list[list[int]] = [[] for _ in prompts]
     finished = 0
     devices = [model.device] if model.device.type == "cuda" else []
@@ -163,16 +167,27 @@ def sample(
             torch.manual_seed(seed)
             for rows in _batches(prompts, batch_size):
                 ids, mask, _ = _left_padded(prompts, rows, pad, model.device)
-                output = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+                output = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, **extra)
                 for row, new in zip(rows, output[:, ids.shape[1] :].tolist(), strict=True):
                     end = next((i for i, token in enumerate(new) if token in stop_ids), len(new))
-                    replies[row] = new[:end]
+                    replies[row] = _until(new[:end], stop_text, tokenizer)
                 finished += len(rows)
                 if progress is not None:
                     progress(finished, len(prompts))
     finally:
         model.generation_config = own
     return replies
+
+
+def _until(ids: list[int], text: str | None, tokenizer: Any) -> list[int]:
+    """The shortest beginning of ``ids`` whose words contain ``text``; all of them where it does not occur."""
+    if text is None or text not in tokenizer.decode(ids):
+        return ids
+    low, high = 0, len(ids)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if text in tokenizer.decode(ids[:middle]) else (middle + 1, high)
+    return ids[:low]
 
 
 @contextlib.contextmanager

@@ -40,6 +40,7 @@ def run_tasks(
     roles: Mapping[str, Role] | None = None,
     languages: Mapping[str, str] | None = None,
     base_dir: Path | None = None,
+    generation: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Measurement]:
     """Run harness tasks on a model in memory.
@@ -55,13 +56,15 @@ def run_tasks(
         apply_chat_template: put prompts through the chat template, few-shot examples as earlier turns.
         roles, languages: by entry of ``tasks``; default ``source`` and ``en``.
         base_dir: directory against which relative paths in ``tasks`` are resolved; None: the working directory.
+        generation: laid over the ``generation_kwargs`` of every task.
         progress: called with the number of sequences done and of all, for each entry of ``tasks`` anew.
 
     Returns:
         A measurement for every metric (and filter of replies) of every entry of ``tasks``.
 
     Raises:
-        AddlangError: the harness is not installed, an unknown task or file, or data that cannot be loaded.
+        AddlangError: the harness is not installed, an unknown task or file, data that cannot be loaded, or ``generation``
+            for a task that generates nothing.
         NotMeasuredError: a chat template is asked for and there is none.
     """
     if apply_chat_template and not getattr(tokenizer, "chat_template", None):
@@ -91,9 +94,14 @@ def run_tasks(
                 elif task.get_config("num_fewshot") is None:
                     task.set_config(key="num_fewshot", value=0)
                 task.set_fewshot_seed(seed=seed)
-                generation = task.get_config("generation_kwargs")
-                if task.OUTPUT_TYPE == "generate_until" and generation:
-                    decoding[name][task.task_name] = json.loads(json.dumps(dict(generation), default=str))
+                if generation and task.OUTPUT_TYPE != "generate_until":
+                    raise AddlangError(
+                        f"task '{task.task_name}' generates nothing", f"leave '{name}' out of generation_kwargs"
+                    )
+                kwargs = {**(task.get_config("generation_kwargs") or {}), **(generation or {})}
+                if task.OUTPUT_TYPE == "generate_until" and kwargs:
+                    task.set_config(key="generation_kwargs", value=kwargs)
+                    decoding[name][task.task_name] = json.loads(json.dumps(kwargs, default=str))
             results = evaluate(
                 lm=lm,
                 task_dict=members,

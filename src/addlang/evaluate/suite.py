@@ -299,12 +299,14 @@ def _add_harness(
     role = evaluation.task_roles.get(name, "source")
     language = target_language if role == "target" else source_language
     settings: dict[str, Any] = {
-        "num_fewshot": evaluation.num_fewshot,
+        "num_fewshot": evaluation.shots(name),
         "limit": evaluation.limit,
         "batch_size": evaluation.batch_size,
         "seed": 0,
         "apply_chat_template": bool(getattr(tokenizer, "chat_template", None)),
     }
+    if name in evaluation.generation_kwargs:
+        settings["generation"] = dict(evaluation.generation_kwargs[name])
 
     def run(model: Any, tokenizer: Any, progress: Progress | None) -> Outcome:
         places: dict[str, Any] = {"roles": {name: role}, "languages": {name: language}, "base_dir": base_dir}

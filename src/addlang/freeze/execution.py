@@ -29,17 +29,12 @@ def attach_plan(model: nn.Module, plan: FreezePlan, execution: str = "auto", *, 
     if execution not in EXECUTIONS:
         raise AddlangError(f"unknown execution '{execution}'", did_you_mean(execution, EXECUTIONS))
     plan.validate(model)
+    check_execution(model, plan, execution)
     from addlang.freeze.masked import Masked
-
-    if execution == "masked":
-        return Masked(model, plan, masters=masters)
     from addlang.freeze.split import SplitAttached, why_not_split
 
-    reason = why_not_split(model, plan)
-    if reason is not None:
-        if execution == "auto":
-            return Masked(model, plan, masters=masters)
-        raise AddlangError(f"split execution cannot run this plan: {reason}", "use execution: masked")
+    if execution == "masked" or why_not_split(model, plan) is not None:
+        return Masked(model, plan, masters=masters)
     forms: dict[str, Literal["auto", "assemble", "resident"]] = {
         "auto": "auto",
         "split": "auto",
@@ -47,3 +42,15 @@ def attach_plan(model: nn.Module, plan: FreezePlan, execution: str = "auto", *, 
         "split_resident": "resident",
     }
     return SplitAttached(model, plan, form=forms[execution], masters=masters)
+
+
+def check_execution(model: nn.Module, plan: FreezePlan, execution: str) -> None:
+    """Shapes are enough, so the model may be on the meta device and the plan an outline.
+
+    Raises:
+        AddlangError: split execution is asked for and cannot run the plan; the reason is named.
+    """
+    from addlang.freeze.split import why_not_split
+
+    if execution.startswith("split") and (reason := why_not_split(model, plan)) is not None:
+        raise AddlangError(f"split execution cannot run this plan: {reason}", "use execution: masked")

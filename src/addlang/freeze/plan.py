@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -67,9 +68,9 @@ class Frozen:
             n *= s
         return n
 
-    @property
+    @cached_property
     def frozen_count(self) -> int:
-        """Number of frozen elements."""
+        """Number of frozen elements; counted once, for the mask of a large matrix has millions."""
         if self.kind == "none":
             return 0
         if self.kind == "all":

@@ -69,6 +69,12 @@ class SplitAttached(Attached):
         masters: bool = True,
     ) -> None:
         super().__init__(model, plan)
+        cut = next((n for n, p in model.named_parameters() if hasattr(p, "full_tensor")), None)
+        if cut is not None:
+            raise AddlangError(
+                f"'{cut}' is sharded already (FSDP2 or tensor parallel), so its columns cannot be told apart",
+                "make the plan true on the whole model first, then shard it",
+            )
         reason = why_not_split(model, plan)
         if reason is not None:
             raise AddlangError(f"split execution cannot run this plan: {reason}", "use execution: masked")

@@ -57,8 +57,8 @@ class SplitLinear(nn.Linear):
         """[..., in] -> [..., out]"""
         compute = _compute_dtype(input, self.weight_trainable)
         dense = self._resident(compute) if self.form == "resident" else None
-        x, bias = _shared_cast(input, compute), self.bias
         phase = _checkpoint_phase()
+        x, bias = _shared_cast(input, compute, keep=phase != "forward"), self.bias
         # a gather in a pass that will be repeated would be done twice
         narrow = self.kind == "columns" and self.narrow_save and phase is None and torch.is_grad_enabled()
         columns = _shared_columns(input, x, self.index_trainable) if narrow else None
@@ -365,14 +365,18 @@ def _compute_dtype(x: Tensor, trainable: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _shared_cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+def _shared_cast(x: Tensor, dtype: torch.dtype, *, keep: bool = True) -> Tensor:
     """``x`` in the compute type; layers with the same input (q, k, v; gate, up) share, and so save, one copy.
 
     The copy hangs on the input itself and goes with it. ``_version`` tells whether the input was written to in between.
+
+    Args:
+        keep: False where the input outlives the layer: a checkpoint keeps that of a whole block, which without a norm
+            before attention (OLMo 2) is the input of q, k and v.
     """
     if x.dtype == dtype:
         return x.detach()
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not keep or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return x.detach().to(dtype)
     known = getattr(x, "_addlang_cast", None)
     if known is None or known[0] != x._version or known[1].dtype != dtype:

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from addlang.strategies.base import Attached
 
 
+LOGITS = 1 << 28  # elements: 1 GiB in fp32
+
+
 def stored_teacher(
     context: GuardContext, key: str, top_k: int, conversations: Callable[[], tuple[list[list[int]], dict[str, Any]]]
 ) -> tuple[Teacher, dict[str, Any]]:
@@ -21,27 +24,40 @@ def stored_teacher(
         key: names everything that determines them.
         conversations: gives token ids, each at most a row long, and what to tell about them.
     """
+    from addlang.data.journal import locked
     from addlang.guards.teacher import Teacher, ask, pack_rows
 
     directory = context.cache_dir / "anchors" / key
-    found = Teacher.load(directory)
-    if found is None:
-        ids, about = conversations()
-        tokens, positions = pack_rows(ids, context.sequence_length, context.tokenizer.pad_token_id)
-        teacher = ask(
-            context.model,
-            tokens,
-            positions,
-            top_k=top_k,
-            rows_at_a_time=8,
-            autocast=context.autocast,
-            progress=context.progress,
-        )
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        teacher.save(directory, {**about, "rows": len(teacher), "tokens": int((positions >= 0).sum())})
+    with locked(directory.with_suffix(".lock")):
         found = Teacher.load(directory)
-        assert found is not None
+        if found is None:
+            ids, about = conversations()
+            tokens, positions = pack_rows(ids, context.sequence_length, context.tokenizer.pad_token_id)
+            teacher = ask(
+                context.model,
+                tokens,
+                positions,
+                top_k=top_k,
+                rows_at_a_time=min(8, rows_at_a_time(context)),
+                autocast=context.autocast,
+                progress=context.progress,
+            )
+            teacher.save(directory, {**about, "rows": len(teacher), "tokens": int((positions >= 0).sum())})
+            found = Teacher.load(directory)
+            assert found is not None
     return found
+
+
+def rows_at_a_time(context: GuardContext) -> int:
+    """Rows per forward pass: so many that their fp32 logits take at most 1 GiB.
+
+    One with FlashAttention, which keeps packed conversations apart in batches of one row only (transformers).
+    """
+    if str(getattr(context.model.config, "_attn_implementation", "")).startswith("flash"):
+        return 1
+    tokens = 16_384 if context.device.type == "cuda" else 4_096
+    vocabulary = int(context.model.get_output_embeddings().weight.shape[0])
+    return max(1, min(tokens, LOGITS // vocabulary) // context.sequence_length)
 
 
 def anchored(guard: Any, teacher: Teacher, about: dict[str, Any], context: GuardContext) -> Anchored:
@@ -55,7 +71,8 @@ def anchored(guard: Any, teacher: Teacher, about: dict[str, Any], context: Guard
 
     # the target's rows are full, the teacher's nearly so
     per_row = about["tokens"] / len(teacher)
-    per_step = context.batch * context.sequence_length * guard.share / (1 - guard.share) / per_row
+    target = 1 - context.read_by_guards
+    per_step = context.batch * context.sequence_length * guard.share / target / per_row
     return Anchored(guard, teacher, RowOrder(len(teacher), per_step, context.seed), about, context)
 
 
@@ -67,7 +84,7 @@ class Anchored(ActiveGuard):
     ) -> None:
         self.guard, self.teacher, self.order, self.about = guard, teacher, order, about
         self.context = context
-        self.micro = max(1, (16_384 if context.device.type == "cuda" else 4_096) // context.sequence_length)
+        self.micro = rows_at_a_time(context)
 
     def tokens(self, step: int) -> int:
         return int((self.teacher.positions[self.order.at(step)] >= 0).sum())

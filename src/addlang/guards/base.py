@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from addlang.errors import AddlangError, did_you_mean
+from addlang.errors import AddlangError, did_you_mean, options_at
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +37,7 @@ class GuardContext:
         cache_dir: where prepared data are kept; keyed by the guard.
         language: the source language.
         sequence_length, batch: tokens per sequence and sequences per step of the target data.
+        read_by_guards: share of all tokens that the phase's guards read together; target text gets the rest.
         autocast: the factory of contexts in which forward passes run.
         calibration: makes the source-language calibration set.
         progress: called with (done, total, what).
@@ -55,6 +56,7 @@ class GuardContext:
     autocast: Callable[[], AbstractContextManager[Any]]
     calibration: Callable[[], CalibrationSet]
     progress: Callable[[int, int, str], None]
+    read_by_guards: float
 
 
 class ActiveGuard(ABC):
@@ -120,21 +122,30 @@ def available() -> list[str]:
     )
 
 
+def load_guard(name: str) -> type[Guard]:
+    """The guard class of that name.
+
+    Raises:
+        AddlangError: unknown name, with the nearest known one.
+    """
+    key = str(name).replace("-", "_").lower()
+    if key not in available():
+        raise AddlangError(f"unknown guard '{name}'", did_you_mean(str(name), available()))
+    module = importlib.import_module(f"addlang.guards.{key}")
+    return next(
+        v
+        for v in vars(module).values()
+        if isinstance(v, type) and issubclass(v, Guard) and v.__module__ == module.__name__ and v.name == key
+    )
+
+
 def make_guard(name: str, options: Mapping[str, Any]) -> Guard:
     """Build a guard from its name and options.
 
     Raises:
         AddlangError: unknown name or option, or a bad value.
     """
-    key = str(name).replace("-", "_").lower()
-    if key not in available():
-        raise AddlangError(f"unknown guard '{name}'", did_you_mean(str(name), available()))
-    module = importlib.import_module(f"addlang.guards.{key}")
-    cls = next(
-        v
-        for v in vars(module).values()
-        if isinstance(v, type) and issubclass(v, Guard) and v.__module__ == module.__name__ and v.name == key
-    )
+    cls = load_guard(name)
     try:
         return cls.model_validate(dict(options))
     except ValidationError as error:
@@ -142,8 +153,9 @@ def make_guard(name: str, options: Mapping[str, Any]) -> Guard:
         for e in error.errors():
             option = ".".join(map(str, e["loc"]))
             if e["type"] == "extra_forbidden":
-                lines.append(f"guard '{name}': unknown option '{option}'. {did_you_mean(option, cls.model_fields)}")
+                lines.append(f"guard '{name}': unknown option '{option}'. {did_you_mean(*options_at(cls, e['loc']))}")
             else:
                 message = e["msg"].removeprefix("Value error, ")
-                lines.append(f"guard '{name}', option '{option}': {message} (given: {e.get('input')!r})")
+                given = f", option '{option}': {message} (given: {e.get('input')!r})" if option else f": {message}"
+                lines.append(f"guard '{name}'{given}")
         raise AddlangError("; ".join(lines)) from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from addlang.errors import AddlangError
 from addlang.guards.base import ActiveGuard, Guard, GuardContext
@@ -43,6 +43,12 @@ class EWC(Guard):
     )
     sampling: Sampling = Field(Sampling(conversations=500), description="options of `data: self`, as of self_anchor")
 
+    @model_validator(mode="after")
+    def _samples_only_its_own(self) -> EWC:
+        if self.data == "calibration" and "sampling" in self.model_fields_set and self.sampling != EWC().sampling:
+            raise ValueError("sampling has options of data: self; set that, or leave sampling out")
+        return self
+
     def requires(self) -> frozenset[str]:
         return frozenset({"source_text"} if self.data == "calibration" else {"chat_template"})
 
@@ -80,6 +86,8 @@ class _Active(ActiveGuard):
         total = 0.0
         with torch.no_grad():
             for name, p in attached.named_trainable():
+                if not p.requires_grad:  # asleep (lisa): it stands still
+                    continue
                 distance = p - self.source[name]
                 pull = distance * self.fisher[name]
                 total += 0.5 * self.guard.weight * float((pull * distance).double().sum())
@@ -108,7 +116,10 @@ def fisher(attached: Attached, conversations: list[list[int]], context: GuardCon
     sums = {name: torch.zeros_like(p) for name, p in trained}
     training = attached.model.training
     attached.model.eval()
+    asleep = [p for _, p in trained if not p.requires_grad]  # lisa: they will wake
     try:
+        for p in asleep:
+            p.requires_grad_(True)
         for done, conversation in enumerate(conversations, 1):
             ids = torch.tensor([conversation], device=context.device)
             with torch.enable_grad(), context.autocast():
@@ -121,5 +132,7 @@ def fisher(attached: Attached, conversations: list[list[int]], context: GuardCon
                     p.grad = None
             context.progress(done, len(conversations), "conversations")
     finally:
+        for p in asleep:
+            p.requires_grad_(False)
         attached.model.train(training)
     return sums

@@ -46,6 +46,8 @@ class _Active(ActiveGuard):
         total = 0.0
         with torch.no_grad():
             for name, p in attached.named_trainable():
+                if not p.requires_grad:  # asleep (lisa): it stands still
+                    continue
                 distance = p - self.source[name]
                 total += 0.5 * self.guard.weight * float(distance.double().square().sum())
                 if p.grad is None:

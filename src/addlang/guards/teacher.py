@@ -47,14 +47,6 @@ class Teacher:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    @property
-    def real_tokens(self) -> int:
-        """Tokens without padding."""
-        return int((self.positions >= 0).sum())
-
-    def row_tokens(self, rows: NDArray[np.int64]) -> int:
-        return int((self.positions[rows] >= 0).sum())
-
     def save(self, directory: Path, about: dict[str, Any]) -> None:
         """Write atomically."""
         tmp = directory.with_name(f"{directory.name}.{os.getpid()}.tmp")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from addlang.errors import AddlangError
-from addlang.models import Checkpoint, ParamInfo, embedding_names, parameter_kinds
+from addlang.models import Checkpoint, ParamInfo, embedding_names, parameter_kinds, skeleton
 
 
 @dataclass(frozen=True)
@@ -50,23 +50,11 @@ class Layout:
 
 def layout_of(directory: Path) -> Layout:
     """Raises AddlangError for what addlang does not know: see :func:`addlang.models.parameter_kinds`."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise AddlangError(
-            f"{directory / 'config.json'} cannot be used: {first}", "give the directory of a causal language model"
-        ) from error
-    model.tie_weights()
+    model = skeleton(directory)
     kinds = parameter_kinds(model)
     embedding, head, _ = embedding_names(model)
     return Layout(
-        config=config.to_dict(),
+        config=model.config.to_dict(),
         kinds=kinds,
         shapes={n: tuple(p.shape) for n, p in model.named_parameters()},
         embedding=embedding,

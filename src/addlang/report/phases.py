@@ -31,6 +31,7 @@ def phase_notes(run: RunData, name: str) -> list[str]:
     card = (run.state.get("data") or {}).get(name) or {}
     notes += [_sentence(n) for n in card.get("notes") or [] if n.startswith("as many steps")]
     notes += [replay_text(s) for s in card.get("sources") or [] if s.get("replay")]
+    notes += [guard_text(g) for g in (run.state.get("guards") or {}).get(name) or []]
     rows = [r for r in run.metrics.get(name, []) if "sampler_rate" in r]
     if rows:
         last = rows[-1]
@@ -77,6 +78,34 @@ def replay_text(source: Mapping[str, Any]) -> str:
         f"{text}; the model that the phase starts from answered {numbers.integer(replay['prompts'])} prompts ({settings}), "
         f"{numbers.integer(replay['kept'])} answers were kept, dropped: {dropped}."
     )
+
+
+def guard_text(guard: Mapping[str, Any]) -> str:
+    """What a guard held the model to, and how strongly; of sampled conversations what they cover."""
+    facts = {k.removeprefix("sampled_"): v for k, v in guard.items()}
+    given = [f"{k.replace('_', ' ')} {facts[k]:g}" for k in ("weight", "share", "temperature", "top_k") if k in facts]
+    text = (
+        f"Guard {guard['guard']} ({', '.join([*given, *(str(facts[k]) for k in ('mode', 'schedule') if k in facts)])})"
+    )
+    if "source" in facts:
+        text += f", on {numbers.integer(facts.get('sequences', facts.get('conversations')))} conversations: {facts['source']}"
+    if facts.get("cut"):
+        text += f"; {numbers.integer(facts['cut'])} were cut to sequence_length"
+    if "drawn" not in facts:
+        return text + "."
+    dropped = ", ".join(f"{numbers.integer(n)} {reason}" for reason, n in facts["dropped"].items()) or "none"
+    text += (
+        f". The source model sampled {numbers.integer(facts['drawn'])} conversations, {numbers.integer(facts['conversations'])} "
+        f"were kept, dropped: {dropped}. They open in {numbers.integer(facts['openings'])} ways (first three words); the "
+        f"commonest is {numbers.percent(facts['largest_opening'])} of them."
+    )
+    said = [f"“{_short(e['instruction'])}”, answered “{_short(e['answer'])}”" for e in facts.get("examples") or []]
+    return f"{text} For example: {'; '.join(said)}." if said else text
+
+
+def _short(text: str) -> str:
+    words = " ".join(text.split())
+    return words if len(words) <= 160 else words[:159] + "…"
 
 
 def _sentence(text: str) -> str:

@@ -93,7 +93,9 @@ def study_html(data: Mapping[str, Any]) -> str:
             settings=settings,
             notes=_notes(data),
             equal_lead=f"Each arm against {data['reference']} at the highest gain that both reach with every seed, read off "
-            "linearly on the front of each one's own learning rates, seed by seed; paired t tests over seeds, Holm's correction.",
+            "linearly on the front of each one's own learning rates, seed by seed; an arm with one learning rate, at what "
+            "it gained. Paired t tests over seeds, Holm's correction. The last column is the difference averaged over all "
+            "gains that both span.",
             command=data["command"],
             run_columns=["run", "tokens", "training time", "trained", "proof"],
             runs=[
@@ -152,15 +154,25 @@ def _arms(data: Mapping[str, Any], s: Mapping[str, Any]) -> tuple[list[str], lis
 
 def _equal(data: Mapping[str, Any], s: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     unit, gained = _unit(data), data["gained"]["unit"]
-    columns = ["arm", "at gain", "its change", f"{data['reference']} there", "difference", "p", "p (Holm)"]
+    columns = [
+        "arm",
+        "at gain",
+        "its change",
+        f"{data['reference']} there",
+        "difference",
+        "p",
+        "p (Holm)",
+        "over shared gains",
+    ]
     rows = []
     for r in s["equal_gain"]:
         level = numbers.change(r["gained"], None, None, gained)
         if "note" in r:
-            rows.append([r["arm"], level, r["note"], "-", "-", "-", "-"])
+            rows.append([r["arm"], level, r["note"], *"-----"])
             continue
         shown = [_change(r[key], unit) for key in ("kept", "reference_kept", "difference")]
-        rows.append([r["arm"], level, *shown, numbers.p_value(r.get("p")), numbers.p_value(r.get("p_holm"))])
+        over = _change(r["over"]["difference"], unit) if "over" in r else "-"
+        rows.append([r["arm"], level, *shown, numbers.p_value(r.get("p")), numbers.p_value(r.get("p_holm")), over])
     return columns, rows
 
 

@@ -83,12 +83,15 @@ class AdapterStrategy(Strategy):
         """Elements of one adapter besides the two factors."""
         return 0
 
-    def attach(self, model: nn.Module, plan: FreezePlan, execution: str, *, masters: bool = True) -> Attached:
+    def check_execution(self, model: nn.Module, plan: FreezePlan, execution: str) -> None:
         if execution != "auto":
             raise AddlangError(
                 f"strategy '{self.name}' trains adapters beside frozen matrices: there is no execution to choose",
                 "leave execution out",
             )
+
+    def attach(self, model: nn.Module, plan: FreezePlan, execution: str, *, masters: bool = True) -> Attached:
+        self.check_execution(model, plan, execution)
         peft = import_peft(self.name)
         plan.validate(model)
         return self._attached(model, plan, peft, masters)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from addlang.errors import AddlangError, did_you_mean
+from addlang.errors import AddlangError, did_you_mean, options_at
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -118,6 +118,16 @@ class Strategy(BaseModel):
     def footprint(self, model: nn.Module, plan: FreezePlan) -> tuple[FreezePlan, int]:
         """What training keeps in memory: which of the model's own elements it trains, and how many elements besides."""
         return plan, 0
+
+    def check_execution(self, model: nn.Module, plan: FreezePlan, execution: str) -> None:
+        """Whether the plan can be obeyed as asked; the model may be on the meta device, the plan an outline.
+
+        Raises:
+            AddlangError: it cannot; the reason is named.
+        """
+        from addlang.freeze.execution import check_execution
+
+        check_execution(model, plan, execution)
 
     def attach(self, model: nn.Module, plan: FreezePlan, execution: str, *, masters: bool = True) -> Attached:
         """Realise the plan on the model, before sharding and before the optimizer is built."""
@@ -324,7 +334,7 @@ def make_strategy(name: str, options: Mapping[str, Any]) -> Strategy:
         for e in error.errors():
             key = ".".join(map(str, e["loc"]))
             if e["type"] == "extra_forbidden":
-                lines.append(f"strategy '{name}': unknown option '{key}'. {did_you_mean(key, cls.model_fields)}")
+                lines.append(f"strategy '{name}': unknown option '{key}'. {did_you_mean(*options_at(cls, e['loc']))}")
             else:
                 message = e["msg"].removeprefix("Value error, ")
                 given = f", option '{key}': {message} (given: {e.get('input')!r})" if key else f": {message}"

@@ -100,23 +100,20 @@ def shape_model(preset: str) -> Any:
     import torch
     import transformers
 
-    with torch.device("meta"):
-        if preset in PRESETS:
-            family, sizes = PRESETS[preset]
-            config = getattr(transformers, f"{family}Config")(**sizes, tie_word_embeddings=False)
-            return getattr(transformers, f"{family}ForCausalLM")(config)
-        from addlang.models import resolve
+    from addlang.models import resolve, skeleton
 
-        try:
-            directory = resolve(preset)
-        except AddlangError as error:
-            if "/" in preset:
-                raise
-            raise AddlangError(f"'{preset}' is no preset and no model", did_you_mean(preset, PRESETS)) from error
-        config = transformers.AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    model.tie_weights()
-    return model
+    if preset in PRESETS:
+        family, sizes = PRESETS[preset]
+        config = getattr(transformers, f"{family}Config")(**sizes, tie_word_embeddings=False)
+        with torch.device("meta"):
+            return getattr(transformers, f"{family}ForCausalLM")(config)
+    try:
+        directory = resolve(preset)
+    except AddlangError as error:
+        if "/" in preset:
+            raise
+        raise AddlangError(f"'{preset}' is no preset and no model", did_you_mean(preset, PRESETS)) from error
+    return skeleton(directory)
 
 
 def table(

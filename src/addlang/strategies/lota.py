@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from addlang.freeze.plan import FreezePlan
     from addlang.recipe import TrainSettings
+    from addlang.strategies.costs import Cost
 
 
 class LoTA(Strategy):
@@ -70,6 +71,11 @@ class LoTA(Strategy):
             shape = tuple(model.get_parameter(name).shape)
             entries[name] = Frozen(shape, "elements", ~masks[name]) if competes else Frozen(shape, "all")
         return self.finish(model, inputs, entries)
+
+    def cost(self, model: nn.Module) -> Cost:
+        from addlang.strategies.costs import of_plan
+
+        return of_plan(model, self.outline(model), f"and {self.warmup_steps} warm-up steps beforehand")
 
     def _names(self, model: nn.Module) -> dict[str, bool]:
         """Every parameter but embedding and head -> whether it competes."""
@@ -136,7 +142,7 @@ def train_briefly(attached: Any, inputs: PlanInputs, settings: TrainSettings, ra
         if micro_batches is None:
             raise AddlangError(
                 f"lota warms up for {steps} steps, but the phase has data for {step - 1} only",
-                "lower warmup_steps or raise tokens",
+                "lower strategy.warmup_steps or raise tokens",
             )
         labels = sum(int((b["labels"][:, 1:] != -100).sum()) for b in micro_batches)
         for batch in micro_batches:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from addlang.freeze.plan import FreezePlan
     from addlang.guards import Guard
+    from addlang.strategies.costs import Cost
 
 
 class SelfAnchored(Strategy):
@@ -33,3 +34,8 @@ class SelfAnchored(Strategy):
 
         plan = FreezePlan.empty(model)
         return FreezePlan({**plan.entries, **self.outside(model, inputs)}, inputs.model_hash, {"strategy": self.name})
+
+    def cost(self, model: nn.Module) -> Cost:
+        from addlang.strategies.costs import of_plan
+
+        return of_plan(model, self.outline(model), "and sampling and reading its conversations once beforehand")

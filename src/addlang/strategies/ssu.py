@@ -11,7 +11,7 @@ from addlang.strategies.base import PlanInputs, Strategy
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from addlang.freeze.plan import FreezePlan
+    from addlang.freeze.plan import FreezePlan, Kind
 
 
 class SSU(Strategy):
@@ -57,16 +57,18 @@ class SSU(Strategy):
         from addlang.freeze.plan import FreezePlan, Frozen
         from addlang.models import parameter_kinds
 
+        kinds: dict[str, Kind] = {"column": "columns", "row": "rows", "element": "elements"}
         entries = self.outside(model, PlanInputs())
         for name, info in parameter_kinds(model).items():
             shape = tuple(model.get_parameter(name).shape)
             if info.kind in ("embedding", "head"):
                 continue
-            by_row = self.granularity == "row" and len(shape) > 1
-            # elements and columns freeze the same share; the outline stays one index per column
-            count = int((shape[0] if by_row else shape[-1]) * self.ratio)
+            kind: Kind = kinds[self.granularity] if len(shape) > 1 else "columns"
+            count = int((shape[0] if kind == "rows" else shape[-1]) * self.ratio)
             index = torch.arange(count)
-            entries[name] = Frozen(shape, "rows" if by_row else "columns", index) if count else Frozen(shape, "none")
+            if kind == "elements":
+                index = (torch.arange(shape[-1]) < count).expand(shape)  # takes no memory
+            entries[name] = Frozen(shape, kind, index) if count else Frozen(shape, "none")
         return FreezePlan({n: entries[n] for n, _ in model.named_parameters()})
 
     def plan(self, model: nn.Module, inputs: PlanInputs) -> FreezePlan:

@@ -45,7 +45,7 @@ def run_study(
     from addlang.sweep import devices, sweep
 
     grid = cells(study, base_dir)
-    chosen = {c: data for c, data in grid.items() if _wanted(study, c, only)}
+    chosen = {c: data for c, data in grid.items() if wanted(study, c, only)}
     root = Path(study.output_dir).resolve()
     root.mkdir(parents=True, exist_ok=True)
     found: dict[Cell, dict[str, Any]] = {}
@@ -87,7 +87,12 @@ def run_study(
     return root, result
 
 
-def _wanted(study: Study, cell: Cell, only: Sequence[str]) -> bool:
+def wanted(study: Study, cell: Cell, only: Sequence[str]) -> bool:
+    """Whether a run is among those that ``only`` names: its arm, each of its settings and its seed.
+
+    Raises:
+        AddlangError: a label that is none of the study.
+    """
     from addlang.errors import did_you_mean
 
     labels = {

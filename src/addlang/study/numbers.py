@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from scipy.integrate import trapezoid
+
 from addlang.errors import AddlangError
 from addlang.evaluate.statistics import Interval, holm, interpolate_at, paired_t, pareto_front, t_interval
 
@@ -88,8 +91,10 @@ def interval(values: Sequence[float]) -> list[float | None]:
 def at_equal_gain(curves: Mapping[str, Mapping[int, Sequence[Point]]], reference: str) -> list[dict[str, Any]]:
     """Every arm against the reference at the highest gain that both reach with every seed.
 
-    Each is read off linearly on the front of its own learning rates, seed by seed; the p value is that of a paired t test
-    over seeds, Holm's correction over all arms.
+    Each is read off linearly on the front of its own learning rates, seed by seed; an arm with one learning rate is compared
+    at what each of its seeds gained. ``over`` is the difference averaged over all gains that both fronts span, which depends
+    less on where the highest rates happen to lie. The p values are those of paired t tests over seeds, Holm's correction
+    over all arms.
 
     Args:
         curves: arm -> seed -> one (gained, kept) point per learning rate.
@@ -101,24 +106,50 @@ def at_equal_gain(curves: Mapping[str, Mapping[int, Sequence[Point]]], reference
         seeds = sorted(set(by) & set(base))
         if arm == reference or not seeds:
             continue
-        gain = min(max(g for g, _ in side[seed]) for side in (by, base) for seed in seeds)
-        own, other = ([_read(side[seed], gain) for seed in seeds] for side in (by, base))
-        row: dict[str, Any] = {"arm": arm, "gained": gain, "seeds": len(seeds)}
+        if all(len(curves[arm][seed]) == 1 for seed in seeds):
+            gains = [by[seed][0][0] for seed in seeds]
+        else:
+            gains = [min(max(g for g, _ in side[seed]) for side in (by, base) for seed in seeds)] * len(seeds)
+        row: dict[str, Any] = {"arm": arm, "gained": sum(gains) / len(gains), "seeds": len(seeds)}
         rows.append(row)
+        own, other = ([_read(side[s], g) for s, g in zip(seeds, gains, strict=True)] for side in (by, base))
         if None in own or None in other:
-            who = arm if None in own else reference
-            row["note"] = f"no statement: {who} gains more than this at every learning rate"
+            row["note"] = _out_of_range(arm, reference, own)
             continue
         mine, theirs = ([v for v in side if v is not None] for side in (own, other))
         row |= {"kept": interval(mine), "reference_kept": interval(theirs)}
-        differences = [a - b for a, b in zip(mine, theirs, strict=True)]
-        row["difference"] = interval(differences)
+        row["difference"] = interval([a - b for a, b in zip(mine, theirs, strict=True)])
         if len(seeds) > 1:
             row["p"] = paired_t(mine, theirs).p_value
+        if (span := _shared(by, base, seeds)) is not None:
+            averages = [_average(by[s], *span) - _average(base[s], *span) for s in seeds]
+            row["over"] = {"from": span[0], "to": span[1], "difference": interval(averages)}
     for row, p in zip(rows, holm([row.get("p") for row in rows]), strict=True):
         if p is not None:
             row["p_holm"] = p
     return rows
+
+
+def _out_of_range(arm: str, reference: str, own: Sequence[float | None]) -> str:
+    if None in own:
+        return f"no statement: {arm} gains more than this at every learning rate"
+    return f"no statement: {reference} does not gain this with every seed at any of its learning rates"
+
+
+def _shared(
+    a: Mapping[int, Sequence[Point]], b: Mapping[int, Sequence[Point]], seeds: Sequence[int]
+) -> tuple[float, float] | None:
+    """The gains that both fronts span with every seed; None if there are none."""
+    sides = [[g for g, _ in side[seed]] for side in (a, b) for seed in seeds]
+    low, high = max(map(min, sides)), min(map(max, sides))
+    return (low, high) if low < high else None
+
+
+def _average(points: Sequence[Point], low: float, high: float) -> float:
+    """Mean height of the line through ``points`` between two gains that it spans."""
+    xs, ys = zip(*sorted(points), strict=True)
+    gains = [low, *(x for x in xs if low < x < high), high]
+    return float(trapezoid(np.interp(gains, xs, ys), gains)) / (high - low)
 
 
 def _read(points: Sequence[Point], gain: float) -> float | None:

@@ -13,7 +13,7 @@ from addlang.train.shard import ALONE, World, sharding_of
 if TYPE_CHECKING:
     import torch
 
-    from addlang.freeze.plan import FreezePlan
+    from addlang.freeze.plan import FreezePlan, Frozen
     from addlang.recipe import Phase
 
 GIB = 2**30
@@ -32,8 +32,9 @@ def estimate(
     form: Form,
     shards: int = 1,
     besides: int = 0,
+    accumulated: bool = False,
 ) -> dict[str, int]:
-    """Bytes of every part of one training step on one device.
+    """Bytes of every part of one training step on one device, at the moment when it needs most.
 
     Args:
         config: the model's configuration (widths, layers, heads, vocabulary).
@@ -44,56 +45,146 @@ def estimate(
             split form keeps dense weights in the compute type.
         shards: devices that weights, gradients and optimizer state are spread over (FSDP2).
         besides: trained elements that are none of the model's own (adapters).
+        accumulated: a step has several forward passes, so that all but the first find every gradient there.
 
     Returns:
         ``frozen_weights``, ``trained_weights``, ``compute_copies``, ``gathered`` (of other devices' shards),
-        ``gradients``, ``optimizer``, ``guards``, ``activations``, ``logits`` and their ``total``.
+        ``gradients``, ``optimizer``, ``guards``, ``activations`` (what passes and loss need besides, less the gradients
+        that are not yet there at that moment) and their ``total``.
     """
-    trained, frozen, partly = besides, 0, 0
+    outer = (config.vocab_size, config.hidden_size)  # embedding and head: never split, a frozen row is laid over
+    splits = [e for e in plan.entries.values() if len(e.shape) > 1 and e.shape != outer and _partly(e)]
+    if form != "masked" and not splits:
+        form = "masked"  # whole tensors only: every layer is an ordinary one
+    trained, frozen, partly, restored = besides, 0, 0, 0
     for entry in plan.entries.values():
         free = entry.numel - entry.frozen_count
-        n = entry.numel if form == "masked" and free else free
+        n = entry.numel if free and (form == "masked" or entry.shape == outer) else free
         trained += n
         frozen += entry.numel - n
-        if 0 < free < entry.numel:
+        if _partly(entry) and entry.shape != outer:
             partly += entry.numel
+            if form == "masked":
+                restored += entry.frozen_count  # their values are kept besides, to be put back after every step
     master = 4 if phase.master_weights == "fp32" else stored_bytes
     kept = stored_bytes if compute_bytes < 4 or phase.master_weights == "model" else max(stored_bytes, compute_bytes)
     head = config.vocab_size * config.hidden_size
-    largest = config.hidden_size * max(config.intermediate_size, config.hidden_size)
+    tied = bool(config.tie_word_embeddings)
+    # the dense weight takes the place of a frozen part of the same type
     copies = 0
-    if form == "masked" and compute_bytes < master and shards == 1:
-        copies = (trained - head) * compute_bytes  # autocast keeps a copy of every trained matrix until backward
-    elif form == "assemble" and partly:
-        # dense weights live inside one product; under activation checkpointing those of one layer are kept
-        layer = config.hidden_size * (2 * config.hidden_size + 3 * config.intermediate_size)
-        copies = (layer if phase.activation_checkpointing else largest) * compute_bytes
-    elif form == "resident":
-        # the dense weight takes the place of a frozen part of the same type
+    if form == "resident":
         copies = partly * compute_bytes - (min(frozen, partly) * kept if kept == compute_bytes else 0)
+    layers = max(1, config.num_hidden_layers)
+    body = max(0, trained + frozen - (1 if tied else 2) * head)
     gathered = 0
     if shards > 1:
-        layers = max(1, config.num_hidden_layers)
-        body = trained + frozen - 2 * head if not config.tie_word_embeddings else trained + frozen - head
         # two layers (one is fetched ahead) in the compute type with one layer's gradients; embedding and head whole
-        gathered = (2 * compute_bytes + master) * max(0, body) // layers
-        gathered += (1 if config.tie_word_embeddings else 2) * head * 2 * master
+        gathered = (2 * compute_bytes + master) * body // layers
+        gathered += (1 if tied else 2) * head * 2 * master
+    outside = [e for e in plan.entries.values() if e.shape == outer]  # one where they are tied
+    embedding = outside[0] if outside else None
     # the 8-bit optimizer keeps fp32 moments for the input embedding, if that is trained
-    embedding = next((e for e in plan.entries.values() if e.shape[0] == config.vocab_size), None)
     wide = 6 * head if phase.optimizer == "adamw_8bit" and embedding and embedding.frozen_count < embedding.numel else 0
-    tokens = micro * phase.sequence_length
+    first, *others = [master * (e.numel if e.frozen_count < e.numel else 0) // shards for e in outside] or [0]
+    gradients = trained * master // shards
     parts = {
-        "frozen_weights": frozen * kept // shards,
+        "frozen_weights": (frozen * kept + restored * master) // shards,
         "trained_weights": trained * master // shards,
         "compute_copies": max(0, copies),
         "gathered": gathered,
-        "gradients": trained * master // shards,
+        "gradients": gradients,
         "optimizer": (round(trained * optimizer_bytes(phase, master)) + wide) // shards,
         "guards": trained * master * sum(g.copies for g in phase.all_guards) // shards,
-        "activations": activations(config, tokens, compute_bytes, checkpointing=phase.activation_checkpointing),
-        "logits": logits(config, tokens) + head * compute_bytes,
     }
+    cast = 0  # 16-bit copies of trained weights that autocast makes for a product
+    if form == "masked" and compute_bytes < master and shards == 1:
+        cast = max(0, trained - besides - (1 if tied else 2) * head) * compute_bytes
+    elif form == "assemble":
+        cast = partly * compute_bytes  # dense weights; without checkpointing each lives inside one product only
+    parts["activations"] = passes(
+        config,
+        micro * phase.sequence_length,
+        compute_bytes,
+        residual_bytes=master,
+        checkpointing=phase.activation_checkpointing,
+        cast=cast,
+        cast_kept=form == "masked",
+        shared=form != "masked",
+        missing=0 if accumulated else gradients,
+        embedding=0 if tied else first,
+        head=(others[0] if others else first) if outside else 0,
+    )
     return {**parts, "total": sum(parts.values())}
+
+
+def _partly(entry: Frozen) -> bool:
+    return 0 < entry.frozen_count < entry.numel
+
+
+def passes(
+    config: Any,
+    tokens: int,
+    bytes_per: int,
+    *,
+    residual_bytes: int,
+    checkpointing: bool,
+    cast: int,
+    cast_kept: bool,
+    shared: bool,
+    missing: int,
+    embedding: int,
+    head: int,
+) -> int:
+    """The most that forward, loss and backward need beside weights, optimizer and all gradients, in bytes.
+
+    Gradients come into being as activations go, so the sum of both is largest at one end of the backward pass: when it
+    enters the last layer, or when it leaves the first. Measured against a GPU in ``docs/performance.md``.
+
+    Args:
+        tokens: of one forward pass.
+        bytes_per: bytes per element of the compute type.
+        residual_bytes: bytes per element of the residual stream, which has the type of the trained embedding.
+        cast: bytes of all weights in the compute type, where they are made for the product.
+        cast_kept: autocast keeps these until backward has used them.
+        shared: layers with one input (q, k, v; gate, up) keep one copy of it.
+        missing: bytes of all gradients, if none is there when backward begins.
+        embedding: bytes of the gradient of an embedding that is not tied to the head; it comes last.
+        head: bytes of the head's gradient, which the loss makes in the forward pass.
+    """
+    from addlang.train.loss import CHUNK_ELEMENTS
+
+    d, f, layers = config.hidden_size, config.intermediate_size, max(1, config.num_hidden_layers)
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or d // heads
+    q, kv = heads * size, (getattr(config, "num_key_value_heads", None) or heads) * size
+    stream = tokens * d * residual_bytes
+    narrow = bytes_per < residual_bytes
+    inputs = (2 if shared else 5) * bytes_per * d if narrow else 0  # of attention and MLP, cast to the compute type
+    # two norms keep their input and the normalised input; queries and keys before and after rotation, values and the
+    # output of attention; gate, its activation, up, and the product of both, of which a split layer keeps half
+    layer = (
+        4 * stream
+        + tokens * inputs
+        + tokens * bytes_per * (2 * (q + kv) + 2 * q + 2 * kv + 4 * f - (f // 2 if shared and not checkpointing else 0))
+    )
+    passing = 3 * tokens * f * bytes_per  # gradients inside one MLP
+    rows = max(128, CHUNK_ELEMENTS // config.vocab_size)
+    chunk = min(tokens, rows) * config.vocab_size * (bytes_per + 4)
+    loss = (
+        chunk + head // 4 * bytes_per + tokens * d * bytes_per
+    )  # the weight in the compute type, gradient of the input
+    stack = layers * (stream if checkpointing else layer)
+    whole_cast = cast if cast_kept else 0
+    one_cast = cast // layers if checkpointing or not cast_kept else 0
+    inside = (layer if checkpointing else 0) + passing + one_cast
+    later = max(0, missing - embedding - head) // layers  # gradients of one layer
+    moments = (
+        whole_cast + stack + loss + head - missing,  # at the end of the forward pass
+        (0 if checkpointing else whole_cast) + stack + inside + head - missing,  # backward enters the last layer
+        (layer if not checkpointing else 0) + inside - (embedding + later if missing else 0),  # and the first one
+        2 * stream,  # the gradient of the embedding
+    )
+    return max(moments)
 
 
 def optimizer_bytes(phase: Phase, master: int) -> float:
@@ -101,26 +192,6 @@ def optimizer_bytes(phase: Phase, master: int) -> float:
     if phase.optimizer == "adamw_8bit":
         return 2 * (1 + 4 / 256)  # two moments, each with one fp32 scale per block of 256
     return 8.0 if phase.optimizer == "adamw_bf16_sr" else 2.0 * master
-
-
-def activations(config: Any, tokens: int, bytes_per: int, *, checkpointing: bool) -> int:
-    """What the backward pass needs of all layers: 2 norms' inputs, attention's q, k, v and output, three of the MLP."""
-    d, f = config.hidden_size, config.intermediate_size
-    heads = config.num_attention_heads
-    head = getattr(config, "head_dim", None) or d // heads
-    kv = (getattr(config, "num_key_value_heads", None) or heads) * head
-    q = heads * head
-    # residual stream twice and normalised inputs twice; q, k, v after rotation; attention output; gate, up, act, product
-    one_layer = tokens * bytes_per * (4 * d + 2 * q + 2 * kv + q + 4 * f) + 2 * tokens * 4 * d
-    layers = config.num_hidden_layers
-    if checkpointing:
-        return tokens * bytes_per * d * layers + one_layer
-    return one_layer * layers
-
-
-def logits(config: Any, tokens: int) -> int:
-    """The chunked head holds at most 256 MiB of fp32 logits and their gradient at a time."""
-    return min(tokens * config.vocab_size * 4, 256 * 2**20) * 2
 
 
 @dataclass(frozen=True)
@@ -175,10 +246,12 @@ def choices(
                 if sequences < micro:
                     changes["per_device_train_batch_size"] = sequences
                 changed = phase.model_copy(update=changes)
-                compute = about["stored_bytes"] if changed.master_weights == "model" else about["compute_bytes"]
-                memory = estimate(
-                    config, plan, changed, micro=sequences, shards=shards, **{**about, "compute_bytes": compute}
-                )
+                now = {
+                    **about,
+                    "compute_bytes": about["stored_bytes" if changed.master_weights == "model" else "compute_bytes"],
+                    "accumulated": about.get("accumulated", False) or sequences < micro,
+                }
+                memory = estimate(config, plan, changed, micro=sequences, shards=shards, **now)
                 yield Choice(changes, sequences, memory)
 
 
@@ -206,6 +279,7 @@ def explain_out_of_memory(
     device: torch.device,
     stored: torch.dtype,
     world: World = ALONE,
+    accumulated: bool = False,
 ) -> Iterator[None]:
     """Turn an out-of-memory error into one that says what needs how much and which settings would fit.
 
@@ -219,8 +293,9 @@ def explain_out_of_memory(
             raise
         kept, besides = phase.strategy.footprint(model, plan)
         raise out_of_memory(
-            model.config, kept, phase, micro=micro, device=device, stored=stored, world=world, besides=besides
-        ) from error
+            model.config, kept, phase, micro=micro, device=device, stored=stored, world=world, besides=besides,
+            accumulated=accumulated,
+        ) from error  # fmt: skip
 
 
 def ran_out(error: BaseException) -> bool:
@@ -243,6 +318,7 @@ def out_of_memory(
     stored: torch.dtype,
     world: World = ALONE,
     besides: int = 0,
+    accumulated: bool = False,
 ) -> AddlangError:
     """The error with the estimate and at most three settings that would fit."""
     from addlang.train.loop import compute_dtype
@@ -250,6 +326,7 @@ def out_of_memory(
     shards = world.size if sharding_of(phase, world) == "fsdp" else 1
     about = {
         "besides": besides,
+        "accumulated": accumulated,
         "stored_bytes": stored.itemsize,
         "compute_bytes": (compute_dtype(phase, device) or stored).itemsize,
         "form": form_of(plan, phase),

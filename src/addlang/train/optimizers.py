@@ -33,7 +33,7 @@ def build_optimizer(attached: Attached, phase: Phase) -> torch.optim.Optimizer:
     """The phase's optimizer over what is trained, after sharding.
 
     Raises:
-        AddlangError: its library or a compiler is missing, or the weights are not of the type that it needs.
+        AddlangError: its library or a compiler is missing.
     """
     groups = parameter_groups(attached, phase)
     betas, eps = (phase.adam_beta1, phase.adam_beta2), phase.adam_epsilon
@@ -46,12 +46,6 @@ def build_optimizer(attached: Attached, phase: Phase) -> torch.optim.Optimizer:
             groups, lr=phase.learning_rate, betas=betas, eps=eps, bf16_stochastic_round=True
         )
         return built
-    for name, p in attached.named_trainable():
-        if p.dtype != torch.bfloat16:
-            raise AddlangError(
-                f"optimizer adamw_bf16_sr needs weights in bf16, but '{name}' is {str(p.dtype).removeprefix('torch.')}",
-                "use optimizer: adamw, or a checkpoint that is stored in bf16 (on a CPU also precision: bf16)",
-            )
     built = _stochastic_class()(groups, lr=phase.learning_rate, betas=betas, eps=eps, bf16_stochastic_round=True)
     return built
 
@@ -83,16 +77,27 @@ def embedding_and_head(model: Any) -> list[nn.Parameter]:
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, phase: Phase, steps: int) -> Any:
-    """transformers' schedule of that name, alike for all groups; ``warmup_steps`` below 1 is a share of all steps."""
+    """transformers' schedule of that name, alike for all groups."""
     from transformers import get_scheduler
 
-    warmup = math.ceil(phase.warmup_steps * steps) if phase.warmup_steps < 1 else int(phase.warmup_steps)
-    if warmup >= steps and steps > 1:
+    return get_scheduler(
+        phase.lr_scheduler_type, optimizer, num_warmup_steps=warmup(phase, steps), num_training_steps=steps
+    )
+
+
+def warmup(phase: Phase, steps: int) -> int:
+    """Steps of the phase's warmup; ``warmup_steps`` below 1 is a share of all ``steps``.
+
+    Raises:
+        AddlangError: it would be all of them.
+    """
+    found = math.ceil(phase.warmup_steps * steps) if phase.warmup_steps < 1 else int(phase.warmup_steps)
+    if found >= steps and steps > 1:
         raise AddlangError(
-            f"warmup_steps {warmup} leaves none of the {steps} steps of phase '{phase.name}'",
+            f"warmup_steps {found} leaves none of the {steps} steps of phase '{phase.name}'",
             "lower warmup_steps or raise tokens",
         )
-    return get_scheduler(phase.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+    return found
 
 
 def set_rates(optimizer: torch.optim.Optimizer, rates: list[float]) -> None:
@@ -162,6 +167,50 @@ def _stochastic_class() -> Callable[..., torch.optim.Optimizer]:
             return torch.zeros_like(p, dtype=torch.float32)
 
     return AdamWStochastic
+
+
+def require_libraries(phase: Phase) -> None:
+    """What the phase's settings need of this machine besides liger-kernel.
+
+    Raises:
+        AddlangError: torchao, a compiler or FlashAttention is missing.
+    """
+    if phase.optimizer != "adamw":
+        _torchao()
+        require_compiler(phase.optimizer)
+    if phase.torch_compile:
+        require_compiler("torch_compile")
+    if phase.attn_implementation in ("flash_attention_2", "flash_attention_3"):
+        from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+
+        second = phase.attn_implementation == "flash_attention_2"
+        if not (is_flash_attn_2_available if second else is_flash_attn_3_available)():
+            raise AddlangError(
+                f"attn_implementation '{phase.attn_implementation}' cannot be used: its package is not installed, or there is no GPU",
+                "install it (pip install flash-attn), or use attn_implementation: sdpa",
+            )
+
+
+def check_types(phase: Phase, stored: torch.dtype) -> None:
+    """Whether the settings of a phase fit the type that its checkpoint is stored in.
+
+    Raises:
+        AddlangError: they contradict each other.
+    """
+    if phase.master_weights == "fp32":
+        return
+    own = str(stored).removeprefix("torch.")
+    wanted = {"auto": stored, "fp32": torch.float32, "bf16": torch.bfloat16}[phase.precision]
+    if wanted != stored:
+        raise AddlangError(
+            f"phase '{phase.name}': precision: {phase.precision} contradicts master_weights: model, for the checkpoint is stored in {own}",
+            "leave precision out, or use master_weights: fp32",
+        )
+    if phase.optimizer == "adamw_bf16_sr" and stored != torch.bfloat16:
+        raise AddlangError(
+            f"phase '{phase.name}': optimizer adamw_bf16_sr needs a checkpoint that is stored in bf16; this one is stored in {own}",
+            "use optimizer: adamw with master_weights: fp32",
+        )
 
 
 def require_compiler(what: str) -> None:
