@@ -58,11 +58,9 @@ def seen(data: Prepared, count: int) -> list[list[dict[str, str]]]:
     return found
 
 
-def texts(path: Path, size: int) -> Iterable[str]:
-    """Documents of a corpus file in a fixed random order, together at most ``size`` bytes."""
-    from addlang.data.readers import read_records
-
-    found = [record["text"] for _, record in read_records(path)]
+def texts(corpus: Path, language: str, size: int) -> Iterable[str]:
+    """Documents of a language in a fixed random order, together at most ``size`` bytes."""
+    found = [row["text"] for file in prepare.files(corpus, "text", language) for row in prepare.read(file)]
     random.Random(0).shuffle(found)
     for text in found:
         size -= len(text.encode())
@@ -81,8 +79,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     given.output.mkdir(parents=True, exist_ok=True)
     data = Prepared.load(given.data)
     for language in LANGUAGES:
-        file = given.corpus / "text" / f"{language}.jsonl.zst"
-        write(given.output / f"{language}.jsonl", ({"text": t} for t in texts(file, int(given.megabytes * 1e6))))
+        found = texts(given.corpus, language, int(given.megabytes * 1e6))
+        write(given.output / f"{language}.jsonl", ({"text": text} for text in found))
     write(given.output / "chat.jsonl", ({"messages": m} for m in seen(data, CALIBRATION)))
     held = [turns(prompt, answer) for prompt, answer in data.heldout["chats"][:150]]
     prose = [{"text": text} for text in data.heldout["texts"]["en"]]

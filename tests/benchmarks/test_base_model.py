@@ -27,7 +27,9 @@ def load(name: str) -> Any:
         sys.path.remove(str(FOLDER))
 
 
-prepare, streams, train, join = (load(name) for name in ("prepare", "streams", "train", "join"))
+prepare, streams, train, join, study_data = (
+    load(name) for name in ("prepare", "streams", "train", "join", "study_data")
+)
 
 
 def write(path: Path, rows: list[dict[str, str]]) -> None:
@@ -221,3 +223,25 @@ def test_reads_the_real_corpus(tmp_path: Path) -> None:
     facts = prepare.prepare(corpus, tmp_path / "data.npz", vocabulary=500, noncommercial="none", limit=20)
     assert facts["vocabulary"] == 500
     assert not any("NC" in name for part in ("prose", "instructions") for name in facts[part]["bytes_by_licence"])
+
+
+def test_files_of_a_study_are_the_base_models_own_and_what_it_has_not_seen(data: Path, tmp_path: Path) -> None:
+    study_data.main(["--data", str(data), "--corpus", str(data.parent), "--output", str(tmp_path)])
+    rows = {
+        file.stem: [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        for file in tmp_path.glob("*.jsonl")
+    }
+    assert set(rows) == {*study_data.LANGUAGES, "chat", "english", "english-chat"}
+    assert sorted(row["text"] for row in rows["ha"]) == sorted(
+        json.loads(line)["text"]
+        for line in (data.parent / "text" / "ha.jsonl").read_text(encoding="utf-8").splitlines()
+    )
+    prepared = streams.Prepared.load(data)
+    held = {study_data.turns(*chat)[0]["content"] for chat in prepared.heldout["chats"]}
+    seen = {chat["messages"][0]["content"] for chat in rows["chat"]}
+    assert seen
+    assert held
+    assert not seen & held
+    assert all(question.startswith("Say ") and "<|" not in question for question in seen | held)
+    assert {chat["messages"][0]["content"] for chat in rows["english-chat"]} <= held
+    assert len(rows["english"]) == len(prepared.heldout["texts"]["en"]) + len(rows["english-chat"])
