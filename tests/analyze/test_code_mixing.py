@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 from addlang.analyze import code_mixing as cm
 from addlang.analyze.base import Context, make_analysis, save
 from addlang.analyze.languages import is_expected
+from addlang.analyze.plots import draw_shares, write_figure
 from addlang.cli import app
 from addlang.errors import AddlangError
 from addlang.schema import DatasetSpec
@@ -71,6 +73,22 @@ def test_tags_are_read_from_a_column(tmp_path: Path) -> None:
         make_analysis("code-mixing", {"tags": "tag"}).run(context)
 
 
+def test_a_set_that_is_not_judged_has_no_bar(tmp_path: Path) -> None:
+    both: dict[str, dict[str, float]] = {"none": {}, "some": {"en": 1.0}}
+    counted = []
+
+    def draw(figure: Any) -> None:
+        draw_shares(figure, both)
+        counted.extend(p for p in figure.axes[0].patches if p.get_width() == 1.0)
+
+    write_figure(tmp_path / "shares.svg", draw, (4, 2))
+    assert len(counted) == 1
+    context = files(tmp_path, [{"output": "ok"}])
+    result = make_analysis("languages", {}).run(context)
+    assert result.sentence == "rows: not judged."
+    assert result.rows[0][:4] == ["rows", "1", "0", "not judged"]
+
+
 def test_replies_are_judged_by_sentence(tmp_path: Path) -> None:
     english = "This is a plain English sentence about the weather in the mountains."
     german = "Das ist ein deutscher Satz über das Wetter in den hohen Bergen."
@@ -79,6 +97,7 @@ def test_replies_are_judged_by_sentence(tmp_path: Path) -> None:
     assert found["expected"] == pytest.approx(2 / 3)
     assert found["replies_with_other"] == 0.5
     assert found["judged_replies"] == 2
+    assert found["sentences"] == 3
     with pytest.raises(AddlangError, match="columns are output"):
         make_analysis("languages", {"column": "reply"}).run(context)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import make_tokenizer, save_model
 
 from addlang.analyze.base import Context, make_analysis
@@ -136,6 +137,14 @@ def test_an_encoder_of_transformers_pools_real_tokens_only(tmp_path: Path) -> No
         encode = open_encoder(str(tmp_path / "bert"), pooling=pooling, max_tokens=32, device="cpu").encode  # type: ignore[arg-type]
         alone, together = encode(["the cat"]), encode(["the cat", "the rat sat on the other mat"])
         assert np.allclose(alone[0], together[0], atol=1e-5)
+    file = tmp_path / "bert" / "model.safetensors"
+    stored = load_file(file)
+    for lost, pooling in (("pooler.dense.weight", "pooler"), ("encoder.layer.0.output.dense.weight", "mean")):
+        save_file({k: v for k, v in stored.items() if k != lost}, file, {"format": "pt"})
+        with pytest.raises(AddlangError, match=f"has no tensor '{lost}'"):
+            open_encoder(str(tmp_path / "bert"), pooling=pooling, max_tokens=32, device="cpu")  # type: ignore[arg-type]
+    save_file({k: v for k, v in stored.items() if "pooler" not in k}, file, {"format": "pt"})
+    open_encoder(str(tmp_path / "bert"), pooling="mean", max_tokens=32, device="cpu")
 
 
 def test_without_a_hub_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -228,9 +228,14 @@ def _transformers(directory: Path, pooling: str, max_tokens: int, device: str) -
     Checkpoint(directory)  # refuses pickles before anything is read
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
-        model = AutoModel.from_pretrained(str(directory), use_safetensors=True, trust_remote_code=False)
+        model, loading = AutoModel.from_pretrained(
+            str(directory), use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
     except (OSError, ValueError, KeyError) as error:
         raise AddlangError(f"{directory}: the encoder cannot be loaded ({str(error).splitlines()[0]})") from error
+    # a pooler that is not used may be missing; anything else would be drawn at random
+    if missing := [k for k in sorted(loading["missing_keys"]) if pooling == "pooler" or not k.startswith("pooler.")]:
+        raise AddlangError(f"encoder {directory} has no tensor '{missing[0]}'", "copy the encoder again")
     model.to(device).eval()
     limit = getattr(model.config, "max_position_embeddings", max_tokens)
 

@@ -160,13 +160,26 @@ class Languages(Analysis):
             return "not judged" if value is None else f"{value:.1%}"
 
         return Result(
-            sentence="; ".join(f"{n}: {share(s['expected'])} of {unit} in '{self.expected}'" for n, s in found.items())
+            sentence="; ".join(
+                f"{n}: not judged"
+                if s["expected"] is None
+                else f"{n}: {s['expected']:.1%} of {unit} in '{self.expected}'"
+                for n, s in found.items()
+            )
             + ".",
-            columns=["set", "replies", f"{unit} in {self.expected}", "replies with another language", "most frequent"],
+            columns=[
+                "set",
+                "replies",
+                f"{unit} judged",
+                f"{unit} in {self.expected}",
+                "replies with another language",
+                "most frequent",
+            ],
             rows=[
                 [
                     n,
                     f"{s['replies']:,}",
+                    f"{s.get('sentences', s['judged_replies']):,}",
                     share(s["expected"]),
                     share(s["replies_with_other"]),
                     ", ".join(f"{c} {p:.1%}" for c, p in list(s["languages"].items())[:5]),

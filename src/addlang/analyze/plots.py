@@ -11,6 +11,7 @@ from typing import Any
 from addlang.errors import AddlangError
 
 COLOURS = ("#0b69a6", "#c2500c", "#0a8463", "#974a85", "#866a00", "#3a8ac0", "#4c545c", "#ab2f3d")
+OTHERS = "#c9ced3"
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
@@ -51,21 +52,26 @@ def write_figure(path: Path, draw: Callable[[Any], None], size: tuple[float, flo
 
 
 def draw_shares(figure: Any, found: Mapping[str, Mapping[str, float]]) -> None:
-    """A stacked bar per set: shares of languages by code, the seven most frequent by name."""
+    """A stacked bar per set: shares of languages by code, the seven most frequent by name; none where nothing was judged."""
     axes = figure.add_subplot()
     total: Counter[str] = Counter()
     for shares in found.values():
         total.update(shares)
     shown = [c for c, _ in total.most_common(7)]
     for y, shares in enumerate(found.values()):
+        if not shares:
+            axes.text(0.01, y, "not judged", va="center", color=COLOURS[6])
+            continue
         left = 0.0
         for i, code in enumerate(shown):
-            width = shares.get(code, 0.0)
-            axes.barh(y, width, left=left, color=COLOURS[i], height=0.6, label=code if y == 0 else None)
-            left += width
-        axes.barh(y, max(0.0, 1 - left), left=left, color="#c9ced3", height=0.6, label="others" if y == 0 else None)
+            axes.barh(y, shares.get(code, 0.0), left=left, color=COLOURS[i], height=0.6)
+            left += shares.get(code, 0.0)
+        axes.barh(y, max(0.0, 1 - left), left=left, color=OTHERS, height=0.6)
     axes.set_yticks(range(len(found)), list(found))
     axes.set_ylim(len(found) - 0.5, -0.5)
     axes.set_xlim(0, 1)
     axes.set_xlabel("share")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=8)
+    colours = {**dict(zip(shown, COLOURS, strict=False)), "others": OTHERS}
+    figure.legend(
+        [axes.bar(0, 0, color=c) for c in colours.values()], list(colours), loc="outside lower center", ncols=8
+    )

@@ -231,7 +231,8 @@ def _conflict(result: dict[str, Any]) -> Section:
         return _missing("Gradient conflict")
     direction = "against" if c["cosine"] < -0.02 else "with" if c["cosine"] > 0.02 else "at right angles to"
     lines = [
-        f"The model's own loss on the target data is {c['target_loss']:.2f} nats per token, on the source text {c['source_loss']:.2f}.",
+        f"The model's own loss on the target data (of conversations: the answers) is {c['target_loss']:.2f} nats per token, "
+        f"on the source text {c['source_loss']:.2f}.",
         f"The target's gradient points {direction} the source's (cosine {c['cosine']:+.3f}); below 0 the first steps raise the source's loss.",
     ]
     rows = [[g, f"{v:+.3f}"] for g, v in sorted(c["groups"].items(), key=lambda kv: kv[1])]
