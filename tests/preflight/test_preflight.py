@@ -131,6 +131,7 @@ def test_a_preflight_of_a_tiny_run_measures_every_part_and_changes_nothing(world
     assert result["similarity"]["forms"] is None
     assert any("raw text" in note for note in result["notes"])
     assert "guess" in " ".join(result["advice"]["reasons"])
+    assert "name: ewc, data: self" in result["advice"]["reasons"][-1]  # what a short probe cannot show
     assert [c["what"] for c in result["advice"]["choices"]] == ["strategy", "ratio", "learning rate"]
     said = {a["question"].split()[0]: a["answer"] for a in result["answers"]}
     assert said == {"Can": "yes", "Are": "yes", "Does": "yes", "Is": "cannot tell"}
