@@ -14,7 +14,7 @@ import yaml
 
 from addlang import cli, progress
 from addlang.lab import lab_model_path
-from tinyrun import Killed, World, dying_at, flip_bit, frozen_place
+from tinyrun import Killed, World, dying_at, flip_bit, frozen_place, without_weights
 
 pytestmark = pytest.mark.usefixtures("offline")
 
@@ -292,11 +292,7 @@ def test_plan_refuses_what_a_run_on_as_many_devices_would(addlang: Addlang, reci
 def test_plan_needs_no_weights_and_says_whose_type_it_reckons_with(
     addlang: Addlang, recipe: Path, world: World, tmp_path: Path
 ) -> None:
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    for file in Path(world.model).iterdir():
-        if file.suffix != ".safetensors":
-            (bare / file.name).symlink_to(file)
+    bare = without_weights(world.model, tmp_path / "bare")
     whole = addlang("plan", recipe, "--json").json
     plan = addlang("plan", recipe, "--model_name_or_path", bare, "--json").json
     assert any("has no weights" in n for n in plan["phases"][0]["notes"])

@@ -71,6 +71,15 @@ class World:
         return Recipe.parse(self.data(output_dir, **changes))
 
 
+def without_weights(model: str, directory: Path) -> Path:
+    """A model directory with everything of ``model`` but its weights."""
+    directory.mkdir()
+    for file in Path(model).iterdir():
+        if file.suffix != ".safetensors":
+            (directory / file.name).symlink_to(file)
+    return directory
+
+
 def weights(directory: Path) -> dict[str, torch.Tensor]:
     """Bit patterns of every tensor of a checkpoint, whatever its files."""
     return {n: bits(t) for f in sorted(directory.glob("model*.safetensors")) for n, t in load_file(f).items()}

@@ -22,7 +22,7 @@ from addlang.preflight.run import Settings, preflight
 from addlang.preflight.tokens import byte_characters, fit_of
 from addlang.preflight.watch import Watched, collate, read
 from addlang.report.preflight import preflight_html
-from tinyrun import World
+from tinyrun import World, without_weights
 
 
 def rows(*sequences: list[int]) -> Watched:
@@ -144,11 +144,7 @@ def test_a_preflight_of_a_tiny_run_measures_every_part_and_changes_nothing(world
 def test_without_weights_the_tokenizer_the_data_and_the_memory_are_looked_at_and_the_rest_is_said(
     world: World, tmp_path: Path
 ) -> None:
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    for file in Path(world.model).iterdir():
-        if file.suffix != ".safetensors":
-            (bare / file.name).symlink_to(file)
+    bare = without_weights(world.model, tmp_path / "bare")
     recipe = world.recipe(tmp_path / "run", strategy="full", model_name_or_path=str(bare))
     result = preflight(recipe, Settings(compare=(("ssu", {}),)))
     assert result["model"]["scores"] == []
