@@ -18,6 +18,7 @@ from tiny import make_model
 from torch import Tensor
 
 from addlang.errors import AddlangError
+from addlang.freeze import gpu
 from addlang.freeze.execution import attach_plan
 from addlang.freeze.plan import FreezePlan, Frozen
 from addlang.run import execute
@@ -72,6 +73,7 @@ def test_split_equals_masked_in_fp64(
     form: str, checkpointing: bool, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_exact(monkeypatch)
+    monkeypatch.setattr(gpu, "SMALLEST", 0)
     settings: dict[str, Any] = {"precision": "fp32", "activation_checkpointing": checkpointing}
     split, split_losses, *_ = trained(tmp_path / "split", form, torch.float64, kind, **settings)
     masked, masked_losses, *_ = trained(tmp_path / "masked", "masked", torch.float64, kind, **settings)
@@ -79,8 +81,25 @@ def test_split_equals_masked_in_fp64(
     assert split_losses == pytest.approx(masked_losses, rel=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_the_kernels_copy_and_round_as_torch_does(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "SMALLEST", 0)
+    assert gpu._works(CUDA)
+    x = torch.randn(37, 5003, device=CUDA).to(dtype)
+    index = torch.randperm(5003, device=CUDA)[:2051]
+    assert torch.equal(gpu.take_columns(x, index), x[:, index])
+    rows = torch.randperm(90, device=CUDA)[:37]
+    for to in {dtype, torch.float32, *([torch.bfloat16] if dtype != torch.float64 else [])}:
+        out, expected = (torch.zeros(90, 5003, device=CUDA, dtype=to) for _ in range(2))
+        gpu.scatter_rows(x, rows, out)
+        assert torch.equal(out, expected.index_copy_(0, rows, x.to(to))), to
+
+
 @pytest.mark.parametrize("form", ["masked", "split_assemble", "split_resident"])
-def test_what_is_frozen_keeps_its_bits_under_bf16_autocast(form: str, tmp_path: Path) -> None:
+def test_what_is_frozen_keeps_its_bits_under_bf16_autocast(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "SMALLEST", 0)
     after, _, plan, source = trained(tmp_path / "run", form, torch.bfloat16)
     moved = 0
     for name, entry in plan.entries.items():
