@@ -111,7 +111,9 @@ def main() -> None:
     device = torch.device(given.device)
     torch.manual_seed(0)
     config = LlamaConfig(**PRESETS[given.preset], max_position_embeddings=4096)
-    model = LlamaForCausalLM(config).to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
+    with device:  # random weights of a billion take a minute to draw elsewhere
+        model = LlamaForCausalLM(config)
+    model = model.to(torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
     data = Batches(given.tokens // given.repeat, given.sequence_length, given.batch, config.vocab_size)
     bare(
         model,

@@ -20,6 +20,7 @@ from addlang.commands.merge import merge_app, show_merge_proof
 from addlang.commands.preflight import preflight
 from addlang.commands.sweep import sweep
 from addlang.errors import AddlangError, AddlangWarning
+from addlang.progress import quiet_libraries
 
 MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EMFILE}
 app = typer.Typer(
@@ -338,6 +339,7 @@ def main() -> None:
     """Entry point: errors for users become one message and an exit code, without a traceback."""
     as_json = "--json" in sys.argv
     show_warnings()
+    quiet_libraries()
     try:
         if as_json:  # its usage errors too are one JSON document
             sys.exit(app(standalone_mode=False))

@@ -6,6 +6,7 @@ seconds. Short jobs print nothing. rich is imported only where a live display is
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
@@ -31,6 +32,12 @@ def set_quiet(quiet: bool) -> None:
     """Print nothing (True) or progress and notes (False), from now on."""
     global _quiet
     _quiet = quiet
+
+
+def quiet_libraries() -> None:
+    """Keep off the terminal what torchao says when it is imported, which transformers does wherever it is installed."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def note(message: str) -> None:

@@ -94,9 +94,10 @@ def start_worker(threads: int, cache: str, gpus: Any = None) -> None:
     os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["ADDLANG_CACHE"] = cache
-    from addlang.progress import set_quiet
+    from addlang.progress import quiet_libraries, set_quiet
 
     set_quiet(True)
+    quiet_libraries()
     import torch
 
     torch.set_num_threads(threads)

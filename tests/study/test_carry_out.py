@@ -106,6 +106,28 @@ def test_labels_that_are_not_there_and_studies_without_results_are_errors(world:
         carry_out.run_study(study, base_dir=tmp_path, command="", finished=True)
 
 
+def test_files_of_runs_that_were_not_chosen_need_not_be_there(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = {"strategy": "full", "datasets": [{"path": "nowhere.jsonl"}]}
+    file = write(world, tmp_path, arms={"missing": missing, "full": {"strategy": "full"}}, learning_rates=1e-3, seeds=0)
+    all_of_it = CliRunner().invoke(app, ["sweep", str(file)])
+    assert "nowhere.jsonl: the file does not exist" in str(all_of_it.exception)
+    listed = CliRunner().invoke(app, ["sweep", str(file), "--dry-run", "--only", "full"])
+    assert listed.exit_code == 0
+    assert "full-lr0.001-s0" in listed.output
+    started: list[str] = []
+
+    def started_only(todo: Any, **_: Any) -> Any:
+        started.extend(cell.folder for cell, _ in todo)
+        return iter(())
+
+    monkeypatch.setattr("addlang.sweep.sweep", started_only)
+    with pytest.raises(AddlangError, match="no run of this study is finished"):
+        carry_out.run_study(load_study(file), base_dir=tmp_path, command="", only=["full"])
+    assert started == ["full-lr0.001-s0"]
+
+
 def test_a_dry_run_lists_the_runs_that_only_names(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

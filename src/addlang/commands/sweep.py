@@ -26,14 +26,18 @@ def sweep(
     Keys of the file can be replaced: --seeds 0,1,2 --output_dir DIR --recipe.tokens 1M.
     """
     from addlang.study.carry_out import run_study, wanted
-    from addlang.study.spec import cells, load_study
+    from addlang.study.spec import Cell, cells, load_study
 
     quiet(as_json)
     overrides = dict(parse_overrides(context.args))
     loaded = load_study(study, overrides)
     base_dir = study.resolve().parent
     if dry_run:
-        grid = {c: data for c, data in cells(loaded, base_dir).items() if wanted(loaded, c, only or [])}
+
+        def chosen(cell: Cell) -> bool:
+            return wanted(loaded, cell, only or [])
+
+        grid = {c: data for c, data in cells(loaded, base_dir, files=chosen).items() if chosen(c)}
         if as_json:
             emit([{"run": cell.folder, "recipe": data} for cell, data in grid.items()])
             return

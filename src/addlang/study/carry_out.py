@@ -44,7 +44,7 @@ def run_study(
     from addlang.report.study import write_study_report
     from addlang.sweep import devices, sweep
 
-    grid = cells(study, base_dir)
+    grid = cells(study, base_dir, files=lambda c: not finished and wanted(study, c, only))
     chosen = {c: data for c, data in grid.items() if wanted(study, c, only)}
     root = Path(study.output_dir).resolve()
     root.mkdir(parents=True, exist_ok=True)

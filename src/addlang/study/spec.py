@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -165,11 +165,11 @@ def overlay(base: Any, top: Any) -> Any:
     return {**base, **{key: overlay(base[key], value) if key in base else value for key, value in top.items()}}
 
 
-def cells(study: Study, base_dir: Path, *, files: bool = True) -> dict[Cell, dict[str, Any]]:
+def cells(study: Study, base_dir: Path, *, files: bool | Callable[[Cell], bool] = True) -> dict[Cell, dict[str, Any]]:
     """Every run with its recipe as plain data; runs that share a seed stand together.
 
     Args:
-        files: also check that every local file exists.
+        files: also check that every local file exists; a function says for which runs.
 
     Raises:
         AddlangError: a recipe is wrong (naming its arm), budgets differ, or two runs would share a directory.
@@ -200,8 +200,10 @@ def cells(study: Study, base_dir: Path, *, files: bool = True) -> dict[Cell, dic
             if rate is not None:
                 data = _with_rate(data, rate)
             where = f"arm '{arm}'" + (f" ({', '.join(setting)})" if setting else "")
-            recipe = Recipe.parse(data, where=where, files=files and (setting, arm) not in checked, base_dir=base_dir)
-            checked.add((setting, arm))
+            check = (setting, arm) not in checked and (files(cell) if callable(files) else files)
+            recipe = Recipe.parse(data, where=where, files=check, base_dir=base_dir)
+            if check:
+                checked.add((setting, arm))
             budgets.setdefault(setting, {})[arm] = recipe.budget
             out[cell] = data
     if study.same_budget:
