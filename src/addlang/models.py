@@ -255,6 +255,10 @@ def apply_liger(model: Any) -> None:
             f"use_liger_kernel: liger-kernel does not know '{kind}' models", "leave use_liger_kernel out"
         )
     liger._apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False, cross_entropy=False)
+    if kind in ("olmo2", "olmo3"):  # liger-kernel forgets their norms of queries and keys
+        for layer in model.base_model.layers:
+            for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm):
+                liger.monkey_patch._patch_rms_norm_module(norm, in_place=False)
 
 
 def import_liger() -> Any:

@@ -21,6 +21,7 @@ from addlang.errors import AddlangError
 from addlang.freeze import gpu
 from addlang.freeze.execution import attach_plan
 from addlang.freeze.plan import FreezePlan, Frozen
+from addlang.models import apply_liger
 from addlang.run import execute
 from addlang.train.loop import Schedule, train
 from tinyrun import World, dying_at, metrics, same
@@ -170,6 +171,18 @@ def test_liger_kernels_change_the_loss_by_rounding_only(world: World, tmp_path: 
     plain = metrics(execute(recipe(world, tmp_path / "plain")))
     fused = metrics(execute(recipe(world, tmp_path / "liger", use_liger_kernel=True)))
     assert [row["loss"] for row in fused] == pytest.approx([row["loss"] for row in plain], rel=2e-2)
+
+
+def test_liger_fuses_every_norm_of_olmo2() -> None:
+    pytest.importorskip("liger_kernel")
+    model = make_model("olmo2").to(CUDA).eval()
+    ids = torch.randint(6, 260, (2, 16), device=CUDA)
+    with torch.no_grad():
+        plain = model(ids).logits
+        apply_liger(model)
+        assert torch.allclose(model(ids).logits, plain, atol=1e-3)
+    norms = [m for m in model.modules() if "norm" in type(m).__name__.lower()]
+    assert {m.forward.__qualname__ for m in norms} == {"LigerRMSNorm.forward"}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash-attn is installed")
