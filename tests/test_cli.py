@@ -213,6 +213,14 @@ def test_overrides_of_run_are_checked_like_the_file(addlang: Addlang, recipe: Pa
         assert message in result.err
 
 
+def test_an_empty_list_is_no_value_given_as_nothing(addlang: Addlang, recipe: Path) -> None:
+    done = addlang("plan", str(recipe), "--evaluation.tasks", "", "--json")
+    assert done.code == 0, done.err
+    refused = addlang("plan", str(recipe), "--evaluation.tasks", "[1]")
+    assert refused.code == 1
+    assert "evaluation.tasks" in refused.err
+
+
 def test_options_of_the_self_anchor_are_reached_by_dots(addlang: Addlang, world: World, tmp_path: Path) -> None:
     arguments = ["adapt", world.model, world.text, "--language", "sw", "--output_dir", tmp_path / "out", "--dry-run"]
     for key in ("--strategy.anchor.share", "--anchor.share"):

@@ -209,6 +209,8 @@ def test_the_model_card_names_models_hashes_and_recipe(models: Path, tmp_path: P
     assert Checkpoint(models / SOURCE).hash in card
     assert "scale: 0.25" in card
     assert "merge_method: revert" in card
+    assert TUNED in card
+    assert str(models) not in card  # it tells only where it was made
 
 
 def test_another_type_is_written_where_it_is_asked_for(models: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import yaml
 from runs import many_rows, write_run
 
 from addlang.report import model_card, write_model_card
-from addlang.report.card import escape, is_hub_id
+from addlang.report.card import escape, is_hub_id, published
 
 
 def front_matter(card: str) -> dict[str, Any]:
@@ -40,6 +40,15 @@ def test_a_local_base_model_is_named_in_the_text_only(tmp_path: Path) -> None:
     card = model_card(write_run(tmp_path, model="lab"))
     assert "base_model" not in front_matter(card)
     assert "# The lab model adapted to Igbo" in card
+
+
+def test_directories_of_the_machine_are_not_published(tmp_path: Path) -> None:
+    card = model_card(write_run(tmp_path, model="/home/someone/models/base-20m"))
+    assert "# base-20m adapted to Igbo" in card
+    assert "/home" not in card
+    assert published("source: /data/private/chat.jsonl, sequences: 200") == "source: chat.jsonl, sequences: 200"
+    for kept in ("bits/byte", "lab://sw?split=eval", "https://example.org/a/b", "data/ha.jsonl", "1 / 2 and 3/4"):
+        assert published(kept) == kept
 
 
 def test_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

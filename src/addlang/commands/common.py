@@ -75,6 +75,8 @@ def parse_value(text: str) -> Any:
 
     from addlang import strictyaml
 
+    if not text.strip():  # YAML would read nothing as null
+        return text
     try:
         return strictyaml.read(text)
     except yaml.YAMLError:

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from addlang.merge.budget_report import as_markdown
-from addlang.report.card import escape, is_hub_id
+from addlang.report.card import escape, is_hub_id, published
 
 
 def merge_card(record: Mapping[str, Any]) -> str:
@@ -17,12 +17,12 @@ def merge_card(record: Mapping[str, Any]) -> str:
     spec = record["merge"]
     parts = [
         f"---\n{yaml.safe_dump(_front_matter(record), sort_keys=False, allow_unicode=True)}---",
-        f"# {escape(record['title'])}",
+        f"# {escape(published(record['title']))}",
         f"Merged without training from the models below. Method: {escape(record['paper'])}. Configuration, tokenizer and chat "
-        f"template are those of {escape(record['config_from'])}.",
+        f"template are those of {escape(published(record['config_from']))}.",
         "## Models\n\n| model | SHA-256 of its weights (first 16 digits) |\n|---|---|\n"
-        + "\n".join(f"| {escape(m['model'])} | {m['hash']} |" for m in record["models"]),
-        "## Recipe\n\n" + _indented(yaml.safe_dump(spec, sort_keys=False, allow_unicode=True)),
+        + "\n".join(f"| {escape(published(m['model']))} | {m['hash']} |" for m in record["models"]),
+        "## Recipe\n\n" + _indented(published(yaml.safe_dump(spec, sort_keys=False, allow_unicode=True))),
         *_decided(record),
         *([as_markdown(record["budget"])] if "budget" in record else []),
         "## Check it yourself\n\n    addlang verify DIRECTORY\n    addlang merge DIRECTORY/merge.yaml --output_dir NEW\n\n"
@@ -45,9 +45,9 @@ def _front_matter(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _decided(record: Mapping[str, Any]) -> list[str]:
     """What the merge found out and what happened, if anything."""
-    lines = [f"- {escape(note)}" for note in record["notes"]]
+    lines = [f"- {escape(published(note))}" for note in record["notes"]]
     lines += [f"- {escape(k)}: {escape(json.dumps(v))}" for k, v in record["decided"].items()]
-    lines += [f"- {escape(line)}" for line in happened(record)]
+    lines += [f"- {escape(published(line))}" for line in happened(record)]
     return ["## What happened\n\n" + "\n".join(lines)] if lines else []
 
 

@@ -18,6 +18,7 @@ from addlang.report.phases import phase_notes
 from addlang.report.verdict import ROLES, proof_sentence, proof_totals, reply_metric, role_name, rows_of, verdict_of
 
 CARD = "README.md"
+_ABSOLUTE = re.compile(r"(?<![\w:/.~])/(?:[^\s,;|/]+/)+([^\s,;|/]+)")
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -35,6 +36,13 @@ def escape(text: object) -> str:
     return flat.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
+def published(text: object) -> str:
+    """Text without the directories of absolute paths: a card is read elsewhere, and they tell only where it was made."""
+    if os.path.isabs(str(text)):
+        return Path(str(text)).name or str(text)
+    return _ABSOLUTE.sub(r"\1", str(text))
+
+
 def is_hub_id(model: str) -> bool:
     """``owner/name`` that is no local path."""
     return _HUB_ID.fullmatch(model) is not None and not Path(model).exists()
@@ -46,7 +54,7 @@ def model_card(out_dir: str | os.PathLike[str]) -> str:
     source, target = numbers.language_name(run.source_language), numbers.language_name(run.language)
     parts = [
         f"---\n{yaml.safe_dump(_front_matter(run), sort_keys=False, allow_unicode=True)}---",
-        f"# {'The lab model' if run.model == 'lab' else escape(run.model)} adapted to {escape(target)}",
+        f"# {'The lab model' if run.model == 'lab' else escape(published(run.model))} adapted to {escape(target)}",
         escape(verdict_of(run)),
         "## Method\n\n" + _method(run),
         f"## {escape(source)} kept, {escape(target)} gained\n\n" + _comparison(run),
@@ -73,15 +81,15 @@ def _front_matter(run: RunData) -> dict[str, Any]:
 
 
 def _method(run: RunData) -> str:
-    lines = [f"Source model: {escape(run.model)}."]
+    lines = [f"Source model: {escape(published(run.model))}."]
     for p in run.phases:
         m = method_of(run, str(p.get("name")), p)
         summary = f": {escape(m['summary'])}" if m["summary"] else ""
-        options = "; ".join(f"{escape(k)} {escape(v)}" for k, v in m["options"])
+        options = "; ".join(f"{escape(k)} {escape(published(v))}" for k, v in m["options"])
         lines.append(
             f"- **{escape(p.get('name'))}**: {escape(m['strategy'])}{summary}. Paper: {escape(m['paper'])}. {options}."
         )
-        lines += [f"  {escape(note)}" for note in phase_notes(run, str(p.get("name")))]
+        lines += [f"  {escape(published(note))}" for note in phase_notes(run, str(p.get("name")))]
     return "\n".join([lines[0], "", *lines[1:]]) if lines[1:] else lines[0]
 
 
@@ -125,7 +133,7 @@ def _data(run: RunData) -> str:
             rows.append(
                 [
                     phase,
-                    str(s.get("path")),
+                    published(s.get("path")),
                     str(s.get("role") or "-"),
                     licence(s),
                     numbers.integer(s.get("documents", s.get("rows"))),
@@ -173,7 +181,7 @@ def _limits(run: RunData) -> list[str]:
         ),
         "One run, one seed: another seed gives another model; the intervals speak about items, not about seeds.",
     ]
-    lines += [f"Warning of the run: {escape(w)}" for w in run.state.get("warnings") or []]
+    lines += [f"Warning of the run: {escape(published(w))}" for w in run.state.get("warnings") or []]
     if run.state.get("status") != "finished":
         lines.insert(0, "The run that made this model is not finished.")
     return lines
