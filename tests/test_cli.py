@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Callable
@@ -213,12 +214,23 @@ def test_overrides_of_run_are_checked_like_the_file(addlang: Addlang, recipe: Pa
         assert message in result.err
 
 
-def test_an_empty_list_is_no_value_given_as_nothing(addlang: Addlang, recipe: Path) -> None:
+def test_an_option_given_as_nothing_is_an_empty_list(addlang: Addlang, recipe: Path) -> None:
     done = addlang("plan", str(recipe), "--evaluation.tasks", "", "--json")
     assert done.code == 0, done.err
     refused = addlang("plan", str(recipe), "--evaluation.tasks", "[1]")
     assert refused.code == 1
     assert "evaluation.tasks" in refused.err
+
+
+def test_what_libraries_say_when_imported_stays_off_the_terminal(
+    addlang: Addlang, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loggers = [logging.getLogger(name) for name in ("torchao", "torchao.kernel", "torch.utils._pytree")]
+    for logger in loggers:
+        monkeypatch.setattr(logger, "level", logging.NOTSET)
+        logger.manager._clear_cache()  # type: ignore[attr-defined]
+    addlang("strategies")
+    assert not any(logger.isEnabledFor(logging.WARNING) for logger in loggers)
 
 
 def test_options_of_the_self_anchor_are_reached_by_dots(addlang: Addlang, world: World, tmp_path: Path) -> None:

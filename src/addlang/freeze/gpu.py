@@ -14,7 +14,7 @@ from torch import Tensor
 
 from addlang.errors import AddlangWarning
 
-SMALLEST = 1 << 18  # elements; below, launching from Python costs more than there is to save
+SMALLEST = 1 << 18  # elements, not tuned; below, launching from Python should cost more than there is to save
 
 
 def take_columns(x: Tensor, index: Tensor) -> Tensor:
