@@ -2,6 +2,7 @@
 
 ``fit`` and ``unseen`` are drawn at random from the same space; some kinds of content stand in ``unseen`` only. The
 ``volume`` and ``content`` pairs are the referee's test: one content at growing volume, one volume with changing content.
+``held-fit`` and ``held-unseen`` are held to the source by a penalty or by KL (guards): what such runs lose has a forecast of its own.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 from sets import language_of, rows
 
-FIT, UNSEEN = 76, 32
+FIT, UNSEEN, NEW_UNSEEN = 76, 32, 10
+HELD_FIT, HELD_UNSEEN, HELD_NEW = 60, 30, 8
 COMMON = (
     "english", "similar-sw", "similar-hi", "dissimilar", "raw-sw", "raw-hi", "narrow-sw", "relabelled-en",
     "similar-sw+dissimilar@0.25", "similar-sw+dissimilar@0.5", "similar-sw+dissimilar@0.75",
@@ -29,7 +31,14 @@ TOKENS = (30_720, 61_440, 122_880)
 ROWS = (200, 800, 3000)
 STRATEGIES = ("full", "full", "full", "full", "ssu", "ssu", "replay", "self_anchor")
 SEQUENCE, BATCH, REPLAY = 128, 4, 0.1
-ANCHOR = {"name": "self_anchor", "anchor": {"max_instruction_tokens": 80, "max_answer_tokens": 48}}
+SAMPLING = {"max_instruction_tokens": 80, "max_answer_tokens": 48}
+ANCHOR = {"name": "self_anchor", "anchor": SAMPLING}
+# how a run is held: (guard, range of its weight), the commoner the more often it stands here
+GUARDS = (
+    *[("ewc, own words", (1e2, 1e4))] * 4, *[("ewc", (1e2, 1e4))] * 2, *[("l2sp", (1e-3, 1e-1))] * 2,
+    ("kl", (0.1, 1.0)), ("self_anchor", (0.1, 1.0)),
+)  # fmt: skip
+HELD_STRATEGIES = ("full", "full", "full", "ssu")
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,8 @@ class Pair:
     learning_rate: float
     strategy: str
     seed: int
+    guard: str = ""
+    weight: float = 0.0
 
     @property
     def name(self) -> str:
@@ -52,8 +63,8 @@ class Pair:
 
 def pairs() -> list[Pair]:
     """All of them, in the order in which they are run."""
-    out = [_draw(group, i, COMMON) for group, n in (("fit", FIT), ("unseen", UNSEEN - 10)) for i in range(n)]
-    out += [_draw("unseen", UNSEEN - 10 + i, (NEW[i % len(NEW)],)) for i in range(10)]
+    out = [_draw(group, i, COMMON) for group, n in (("fit", FIT), ("unseen", UNSEEN - NEW_UNSEEN)) for i in range(n)]
+    out += [_draw("unseen", UNSEEN - NEW_UNSEEN + i, (NEW[i % len(NEW)],)) for i in range(NEW_UNSEEN)]
     number = 0
     for content in ("similar-sw", "dissimilar"):
         for tokens in (15_360, 30_720, 61_440, 122_880, 245_760):
@@ -65,6 +76,9 @@ def pairs() -> list[Pair]:
         for seed in (0, 1):
             out.append(Pair("content", number, content, 3000, 61_440, 1.5e-3, "full", seed))
             number += 1
+    out += [_draw_held("held-fit", i, COMMON) for i in range(HELD_FIT)]
+    out += [_draw_held("held-unseen", i, COMMON) for i in range(HELD_UNSEEN - HELD_NEW)]
+    out += [_draw_held("held-unseen", HELD_UNSEEN - HELD_NEW + i, (NEW[i % len(NEW)],)) for i in range(HELD_NEW)]
     return out
 
 
@@ -73,6 +87,31 @@ def _draw(group: str, number: int, contents: tuple[str, ...]) -> Pair:
     rate = round(10 ** rng.uniform(math.log10(2e-4), math.log10(3e-3)), 6)
     content = contents[number % len(contents)]
     return Pair(group, number, content, rng.choice(ROWS), rng.choice(TOKENS), rate, rng.choice(STRATEGIES), number)
+
+
+def _draw_held(group: str, number: int, contents: tuple[str, ...]) -> Pair:
+    """Up to higher rates than the others: that is what a guard allows."""
+    rng = random.Random(f"{group}/{number}")
+    rate = round(10 ** rng.uniform(math.log10(4e-4), math.log10(5e-3)), 6)
+    guard, (low, high) = rng.choice(GUARDS)
+    weight = float(f"{10 ** rng.uniform(math.log10(low), math.log10(high)):.3g}")
+    content = contents[number % len(contents)]
+    strategy = rng.choice(HELD_STRATEGIES)
+    return Pair(
+        group, number, content, rng.choice(ROWS), rng.choice(TOKENS), rate, strategy, number, guard, weight
+    )  # fmt: skip
+
+
+def guard_of(pair: Pair) -> list[dict[str, Any]]:
+    """What holds a pair's run to the source, as in a recipe."""
+    if not pair.guard:
+        return []
+    guard: dict[str, Any] = {"name": pair.guard, "weight": pair.weight}
+    if pair.guard == "ewc, own words":
+        guard |= {"name": "ewc", "data": "self", "sampling": {**SAMPLING, "conversations": 500}}
+    elif pair.guard == "self_anchor":
+        guard |= SAMPLING
+    return [guard]
 
 
 def write_data(root: Path, wanted: list[Pair]) -> None:
@@ -111,6 +150,7 @@ def recipe(pair: Pair, root: Path) -> dict[str, Any]:
         "device": "cpu",
         "datasets": datasets,
         "strategy": strategies.get(pair.strategy, {"name": "full"}),
+        "guards": guard_of(pair),
         "tokens": pair.tokens,
         "sequence_length": SEQUENCE,
         "batch_size": BATCH,

@@ -23,6 +23,8 @@ from addlang.freeze.execution import attach_plan
 from addlang.freeze.plan import FreezePlan, Frozen
 from addlang.models import apply_liger
 from addlang.run import execute
+from addlang.scoring import gpu as scoring_gpu
+from addlang.scoring.activations import sum_of_squares
 from addlang.train.loop import Schedule, train
 from tinyrun import World, dying_at, metrics, same
 from training import Data, make_exact, phase
@@ -94,6 +96,26 @@ def test_the_kernels_copy_and_round_as_torch_does(dtype: torch.dtype, monkeypatc
         out, expected = (torch.zeros(90, 5003, device=CUDA, dtype=to) for _ in range(2))
         gpu.scatter_rows(x, rows, out)
         assert torch.equal(out, expected.index_copy_(0, rows, x.to(to))), to
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_squares_are_summed_as_without_the_kernel(
+    padded: bool, normed: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring_gpu, "SMALLEST", 0)
+    assert scoring_gpu._works(CUDA)
+    norm = next(m for n, m in make_model("llama").named_modules() if n.endswith("input_layernorm")) if normed else None
+    rows = torch.arange(70, device=CUDA) < torch.tensor([[70], [33], [1]], device=CUDA) if padded else None
+    for width in (128, 300, 5003):
+        x = torch.randn(3, 70, width, device=CUDA).to(dtype)
+        assert scoring_gpu.usable(x.view(-1, width))
+        found = sum_of_squares(x, rows, norm)
+        monkeypatch.setattr(scoring_gpu, "usable", lambda _: False)
+        assert torch.allclose(found, sum_of_squares(x, rows, norm), rtol=1e-5)
+        monkeypatch.undo()
+        monkeypatch.setattr(scoring_gpu, "SMALLEST", 0)
 
 
 @pytest.mark.parametrize("form", ["masked", "split_assemble", "split_resident"])

@@ -7,12 +7,11 @@ a pass of its own there. Both ways give the same bits.
 from __future__ import annotations
 
 import functools
-import warnings
 
 import torch
 from torch import Tensor
 
-from addlang.errors import AddlangWarning
+from addlang.triton_check import works
 
 SMALLEST = 1 << 18  # elements, not tuned; below, launching from Python should cost more than there is to save
 
@@ -48,7 +47,8 @@ def _fast(x: Tensor) -> bool:
 @functools.cache
 def _works(device: torch.device) -> bool:
     """Whether Triton compiles and runs here; it comes with torch for CUDA, and needs a C compiler."""
-    try:
+
+    def check() -> bool:
         from addlang.freeze import _triton
 
         x = torch.arange(12.0, device=device).view(3, 4)
@@ -56,10 +56,6 @@ def _works(device: torch.device) -> bool:
         taken, scattered = x.new_empty(3, 2), torch.zeros(4, 4, device=device, dtype=torch.bfloat16)
         _triton.take_columns(x, index, taken)
         _triton.scatter_rows(x[:2], index, scattered)
-        right = torch.equal(taken, x[:, index]) and torch.equal(scattered[index], x[:2].bfloat16())
-        reason = "its kernels give wrong values here"
-    except Exception as error:
-        right, reason = False, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    if not right:
-        warnings.warn(f"split layers run without Triton and take longer ({reason})", AddlangWarning, stacklevel=2)
-    return right
+        return torch.equal(taken, x[:, index]) and torch.equal(scattered[index], x[:2].bfloat16())
+
+    return works(check, "split layers run without Triton and take longer")

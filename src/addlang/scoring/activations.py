@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from addlang.errors import AddlangError
 from addlang.models import parameter_kinds
+from addlang.scoring import gpu
 
 if TYPE_CHECKING:
     from addlang.data.calibration import CalibrationSet
@@ -121,6 +122,8 @@ def sum_of_squares(x: Tensor, rows: Tensor | None, norm: nn.Module | None = None
     flat = x.reshape(-1, x.shape[-1])
     wide = torch.promote_types(x.dtype, torch.float32)
     weights = None if rows is None else token_weights(x, rows, wide)
+    if not isinstance(norm, nn.LayerNorm) and gpu.usable(flat):
+        return gpu.column_squares(flat, weights if norm is None else row_scales(flat, weights, norm))
     # block by block, so that squares stay in the processor's cache: ten times as fast as one pass over a large activation
     step = max(1, (BLOCK if x.device.type == "cpu" else flat.numel()) // flat.shape[1])
     total = torch.zeros(flat.shape[1], dtype=torch.float64, device=x.device)
@@ -135,6 +138,13 @@ def sum_of_squares(x: Tensor, rows: Tensor | None, norm: nn.Module | None = None
             weight = scale if weight is None else weight * scale
         total += square.sum(0) if weight is None else weight @ square
     return total
+
+
+def row_scales(flat: Tensor, weights: Tensor | None, norm: nn.Module) -> Tensor:
+    """What the squares of each row are multiplied by to be those of the normalised row: fp32 [N]."""
+    squares = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float32).square()
+    scale = 1 / (squares / flat.shape[1] + epsilon(norm))
+    return scale if weights is None else scale * weights
 
 
 def token_weights(x: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
