@@ -1,4 +1,4 @@
-"""Fit the forecast on the pairs of group ``fit`` and judge it on those that it has not seen.
+"""Fit the forecasts on the pairs of the groups ``fit`` and ``held-fit`` and judge each on those that it has not seen.
 
 The features are chosen among :data:`CHOICES` by the leave-one-out error on the fitted pairs alone: the fewest that come
 within 5 % of the smallest error.
@@ -18,12 +18,12 @@ import numpy as np
 from scipy.stats import spearmanr
 
 sys.path.insert(0, str(Path(__file__).parent))
-from pairs import NEW, Pair, pairs
+from pairs import NEW, Pair
 
 from addlang.analyze.mpd import parameter_difference
 from addlang.lab import lab_model_path
 from addlang.models import Checkpoint
-from addlang.preflight.forecast import FORMAT, Coefficients, fit, forecast, logit, solve
+from addlang.preflight.forecast import Coefficients, fit, forecast, logit, shipped, solve
 from addlang.preflight.probe import STEPS
 
 PENALTY, LEVEL = 1.0, 0.9
@@ -48,6 +48,15 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
+# what settles grows less in the second half of a probe than in the first
+HELD_CHOICES = {
+    **CHOICES,
+    "probe's shift, growth": ("log_probe_shift", "log_probe_growth", "log_steps_left"),
+    "probe's shift alone": ("log_probe_shift",),
+    "probe's shift, loss, growth": ("log_probe_shift", "log_probe_loss", "log_probe_growth", "log_steps_left"),
+}
+
+
 @dataclass(frozen=True)
 class Row:
     """One pair: what was measured before, and the share of English that was lost. ``mpd``: of the finished run."""
@@ -60,10 +69,10 @@ class Row:
     after: float
 
 
-def load(root: Path) -> list[Row]:
+def load(root: Path, grid: Sequence[Pair]) -> list[Row]:
     """Every pair whose run and signals are complete."""
     rows = []
-    for pair in pairs():
+    for pair in grid:
         results, signals = root / "runs" / pair.name / "results.jsonl", root / "signals" / f"{pair.name}.json"
         if not (results.is_file() and signals.is_file()):
             continue
@@ -120,24 +129,29 @@ def judge(rows: Sequence[Row], fitted: Coefficients) -> dict[str, Any]:
     }
 
 
-def study(rows: Sequence[Row]) -> dict[str, Any]:
-    """Choose by leave-one-out on the fitted pairs, then judge every choice on the unseen ones."""
-    known, unseen = of_group(rows, "fit"), of_group(rows, "unseen")
+def study(rows: Sequence[Row], *, held: bool = False) -> dict[str, Any]:
+    """Choose by leave-one-out on the fitted pairs, then judge every choice on the unseen ones.
+
+    Args:
+        held: of the runs with guards; else of the others.
+    """
+    known, unseen = of_group(rows, "held-fit" if held else "fit"), of_group(rows, "held-unseen" if held else "unseen")
+    options = HELD_CHOICES if held else CHOICES
     parts = {
         "unseen": unseen,
         "unseen, kinds of content seen": [r for r in unseen if r.pair.content not in NEW],
         "unseen, new kinds of content": [r for r in unseen if r.pair.content in NEW],
     }
-    errors = {name: loo_error(known, features) for name, features in CHOICES.items()}
-    near = [name for name in CHOICES if errors[name] <= NEAR * min(errors.values())]
-    chosen = min(near, key=lambda name: (len(CHOICES[name]), errors[name]))
-    models = {name: train(known, features) for name, features in CHOICES.items()}
+    errors = {name: loo_error(known, features) for name, features in options.items()}
+    near = [name for name in options if errors[name] <= NEAR * min(errors.values())]
+    chosen = min(near, key=lambda name: (len(options[name]), errors[name]))
+    models = {name: train(known, features) for name, features in options.items()}
     return {
         "chosen": chosen,
         "coefficients": models[chosen],
         "choices": {
-            name: {"features": CHOICES[name], "loo_error": errors[name], **judge(unseen, models[name])}
-            for name in CHOICES
+            name: {"features": features, "loo_error": errors[name], **judge(unseen, models[name])}
+            for name, features in options.items()
         },
         "parts": {name: judge(part, models[chosen]) for name, part in parts.items()},
         "alone": {
@@ -145,19 +159,22 @@ def study(rows: Sequence[Row]) -> dict[str, Any]:
             for signal in sorted(known[0].signals)
         },
         "mpd_afterwards": float(spearmanr([r.mpd for r in unseen], [r.lost for r in unseen]).statistic),
-        "by_strategy": by_strategy(unseen, models[chosen]),
-        "referee": referee(rows, models[chosen]),
+        **(
+            {"by_guard": by(unseen, models[chosen], "guard"), "free": judge(unseen, shipped())}
+            if held
+            else {"by_strategy": by(unseen, models[chosen], "strategy"), "referee": referee(rows, models[chosen])}
+        ),
     }
 
 
-def by_strategy(rows: Sequence[Row], fitted: Coefficients) -> dict[str, Any]:
-    """Mean loss and mean forecast of the pairs of each strategy: is one of them judged too hard?"""
+def by(rows: Sequence[Row], fitted: Coefficients, what: str) -> dict[str, Any]:
+    """Mean loss and mean forecast of the pairs of each strategy or guard: is one of them judged too hard?"""
     out = {}
-    for name in sorted({r.pair.strategy for r in rows}):
+    for name in sorted({getattr(r.pair, what) for r in rows}):
         own = [
             (r.lost, f.lost)
             for r in rows
-            if r.pair.strategy == name and (f := forecast(r.signals, fitted)).lost is not None
+            if getattr(r.pair, what) == name and (f := forecast(r.signals, fitted)).lost is not None
         ]
         out[name] = {
             "pairs": len(own),
@@ -192,10 +209,10 @@ def referee(rows: Sequence[Row], fitted: Coefficients) -> dict[str, Any]:
     }
 
 
-def shipped(result: dict[str, Any]) -> dict[str, Any]:
-    """What goes into ``src/addlang/preflight/forecast.json``."""
+def part(result: dict[str, Any]) -> dict[str, Any]:
+    """What goes into ``src/addlang/preflight/forecast.json`` of one kind of run."""
     judged = {
         name: {k: round(v, 4) if isinstance(v, float) else v for k, v in part.items()}
         for name, part in result["parts"].items()
     }
-    return {"format": FORMAT, "chosen": result["chosen"], **asdict(result["coefficients"]), "judged": judged}
+    return {"chosen": result["chosen"], **asdict(result["coefficients"]), "judged": judged}

@@ -1,8 +1,9 @@
-"""Train every pair of the forecast's grid, measure the signals before each, fit the forecast and judge it.
+"""Train every pair of the forecasts' grid, measure the signals before each, fit the forecasts and judge them.
 
-    python benchmarks/forecast/run.py --output forecast-out [--jobs 1]
+    python benchmarks/forecast/run.py --output forecast-out [--jobs 1] [--part held]
 
-Interrupted, the same command continues where it was.
+Interrupted, the same command continues where it was. ``--part``: only the pairs without guards (free) or with them (held); the
+other part of ``forecast.json`` then stays as it ships.
 """
 
 from __future__ import annotations
@@ -11,22 +12,23 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from fit import Row, load, shipped, study
+from fit import Row, load, part, study
 from pairs import SEQUENCE, Pair, pairs, recipe, write_data
 
 from addlang.export import write_json
+from addlang.preflight.forecast import FORMAT
 from addlang.sweep import sweep
 
 PAIR = "pair.json"
 
 
-def train_all(root: Path, jobs: int) -> None:
+def train_all(root: Path, grid: list[Pair], jobs: int) -> None:
     """Carry out every pair's run; finished ones of the same pair are taken as they are."""
-    grid = pairs()
     write_data(root, grid)
     todo = [(pair, recipe(pair, root)) for pair in grid if not finished(root, pair)]
     done = len(grid) - len(todo)
@@ -42,9 +44,8 @@ def finished(root: Path, pair: Pair) -> bool:
     return path.is_file() and json.loads(path.read_text(encoding="utf-8")) == vars(pair)
 
 
-def measure_all(root: Path, jobs: int) -> None:
+def measure_all(root: Path, grid: list[Pair], jobs: int) -> None:
     """Measure the signals of every pair; measured ones are taken as they are."""
-    grid = pairs()
     (root / "signals").mkdir(exist_ok=True)
     todo = [
         (p, {"pair": vars(p), "root": str(root)}) for p in grid if not (root / "signals" / f"{p.name}.json").is_file()
@@ -101,14 +102,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--part", choices=("free", "held"), help="default: both")
     given = parser.parse_args()
     root = given.output.resolve()
-    train_all(root, given.jobs)
-    measure_all(root, given.jobs)
-    rows = load(root)
-    result = study(rows)
-    write_json(root / "result.json", {**result, "coefficients": asdict(result["coefficients"]), "pairs": table(rows)})
-    write_json(root / "forecast.json", shipped(result))
+    grid = [p for p in pairs() if given.part in (None, "held" if p.guard else "free")]
+    train_all(root, grid, given.jobs)
+    measure_all(root, grid, given.jobs)
+    rows = load(root, grid)
+    ships = json.loads((files("addlang.preflight") / "forecast.json").read_text(encoding="utf-8"))
+    for name in ("free", "held") if given.part is None else (given.part,):
+        result = study(rows, held=name == "held")
+        ships[name] = part(result)
+        write_json(root / f"{name}.json", {**result, "coefficients": asdict(result["coefficients"])})
+    write_json(root / "pairs.json", table(rows))
+    write_json(root / "forecast.json", {**ships, "format": FORMAT})
     print(f"{root / 'forecast.json'} is what src/addlang/preflight/forecast.json should hold", file=sys.stderr)
 
 

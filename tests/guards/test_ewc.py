@@ -91,6 +91,24 @@ def test_the_gradient_is_lambda_times_fisher_times_the_distance_worked_by_hand()
     assert p.grad.tolist() == [4.0, 0.0]
 
 
+@pytest.mark.parametrize(("stored", "kept"), [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32)])
+def test_beside_fp32_masters_it_keeps_the_sources_values_exactly_and_fisher_in_16_bits(
+    stored: torch.dtype, kept: torch.dtype
+) -> None:
+    model, full = make_model("llama").to(stored).float(), make_strategy("full", {})
+    attached = full.attach(model, full.plan(model, PlanInputs(calibration=lambda: calibration())), "auto")
+    guard: Any = make_guard("ewc", {"sequences": 2}).start(context())
+    guard.begin(attached)
+    ids = [list(conversations().ids[i]) for i in spread(4, 2)]
+    for (name, p), (other, f) in zip(attached.named_trainable(), fisher(attached, ids, context()).items(), strict=True):
+        assert name == other
+        held = guard.source[name]
+        assert torch.equal(held.float(), p)
+        assert held.dtype == kept or "norm" in name  # norms of ones fit into anything
+        assert guard.fisher[name].dtype == torch.bfloat16
+        assert torch.allclose(guard.fisher[name].float(), f, rtol=2**-8, atol=0)
+
+
 def test_masked_and_split_give_the_same_result(tmp_path: Path) -> None:
     masked, split = (carry_out(tmp_path / e, "ssu", e) for e in ("masked", "split"))
     for name, tensor in masked.items():

@@ -76,10 +76,11 @@ def test_a_model_of_another_size_is_told_that_coverage_is_not_known(fitted: Coef
     assert "not known" in forecast({"a": 0.0, "b": 0.0}, fitted, parameters=7_000_000_000).why[0]
 
 
-def test_what_ships_reached_its_goal_on_pairs_it_has_not_seen() -> None:
+@pytest.mark.parametrize("part", ["free", "held"])
+def test_what_ships_reached_its_goal_on_pairs_it_has_not_seen(part: str) -> None:
     text = (ROOT / "src" / "addlang" / "preflight" / "forecast.json").read_text(encoding="utf-8")
-    judged = json.loads(text)["judged"]["unseen"]
-    assert shipped().pairs >= 60
+    judged = json.loads(text)[part]["judged"]["unseen"]
+    assert shipped(held=part == "held").pairs >= 60
     assert judged["pairs"] >= 20
     assert judged["spearman"] >= 0.8
     assert 0.85 <= judged["covered"] <= 0.95
@@ -175,10 +176,14 @@ def test_the_grid_has_the_pairs_that_were_promised(bench: Any) -> None:
     from addlang.recipe import Recipe
 
     grid = bench["pairs"].pairs()
-    groups = {g: [p for p in grid if p.group == g] for g in ("fit", "unseen", "volume", "content")}
-    assert len(groups["fit"]) >= 60
-    assert len(groups["unseen"]) >= 20
-    assert not {p.content for p in groups["fit"]} & set(bench["pairs"].NEW)
+    groups = {
+        g: [p for p in grid if p.group == g] for g in ("fit", "unseen", "volume", "content", "held-fit", "held-unseen")
+    }
+    for fitted, unseen in (("fit", "unseen"), ("held-fit", "held-unseen")):
+        assert len(groups[fitted]) >= 60
+        assert len(groups[unseen]) >= 20
+        assert not {p.content for p in groups[fitted]} & set(bench["pairs"].NEW)
+    assert all(bool(p.guard) == p.group.startswith("held") for p in grid)
     assert {p.content for p in groups["volume"]} == {"similar-sw", "dissimilar"}
     assert len({p.tokens for p in groups["content"]}) == 1
     for pair in grid[::20]:

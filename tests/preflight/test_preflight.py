@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny import make_model, make_tokenizer
@@ -17,10 +19,12 @@ from addlang.lab import lab_model_path
 from addlang.models import load_tokenizer
 from addlang.preflight.answers import answers
 from addlang.preflight.conflict import gradient_conflict
+from addlang.preflight.forecast import forecast, shipped
 from addlang.preflight.form import compare_forms, form_of
-from addlang.preflight.run import Settings, preflight
+from addlang.preflight.probe import Probe
+from addlang.preflight.run import Method, Settings, alternatives, candidate, preflight, prepare_flight
 from addlang.preflight.tokens import byte_characters, fit_of
-from addlang.preflight.watch import Watched, collate, read
+from addlang.preflight.watch import Reading, Watched, collate, read
 from addlang.report.preflight import preflight_html
 from tinyrun import World, without_weights
 
@@ -118,7 +122,7 @@ def test_a_preflight_of_a_tiny_run_measures_every_part_and_changes_nothing(world
     recipe = world.recipe(tmp_path / "run", strategy="full", learning_rate=1e-3)
     before = {p: p.read_bytes() for p in sorted(Path(world.model).iterdir())}
     result = preflight(
-        recipe, Settings(encoder=None, probe_steps=4, compare=(("ssu", {"ratio": 0.75}),), rates=(1.0, 0.5))
+        recipe, Settings(encoder=None, probe_steps=4, compare=(Method("ssu", {"ratio": 0.75}),), rates=(1.0, 0.5))
     )
     assert [len(result["probes"]), result["probes"][0]["label"]] == [4, "full"]
     assert [p["learning_rate"] for p in result["probes"]] == [1e-3, 5e-4, 1e-3, 5e-4]
@@ -131,7 +135,6 @@ def test_a_preflight_of_a_tiny_run_measures_every_part_and_changes_nothing(world
     assert result["similarity"]["forms"] is None
     assert any("raw text" in note for note in result["notes"])
     assert "guess" in " ".join(result["advice"]["reasons"])
-    assert "name: ewc, data: self" in result["advice"]["reasons"][-1]  # what a short probe cannot show
     assert [c["what"] for c in result["advice"]["choices"]] == ["strategy", "ratio", "learning rate"]
     said = {a["question"].split()[0]: a["answer"] for a in result["answers"]}
     assert said == {"Can": "yes", "Are": "yes", "Does": "yes", "Is": "cannot tell"}
@@ -141,12 +144,34 @@ def test_a_preflight_of_a_tiny_run_measures_every_part_and_changes_nothing(world
 
 
 @pytest.mark.usefixtures("offline")
+def test_what_is_compared_has_its_own_guards_and_guards_have_a_forecast_of_their_own(
+    world: World, tmp_path: Path
+) -> None:
+    recipe = world.recipe(
+        tmp_path / "run", strategy="full", learning_rate=1e-3, guards=[{"name": "l2sp", "weight": 0.1}]
+    )
+    methods = (Method("full"), Method("ssu", {}, (("l2sp", {}),)), Method("full", {}, (("l2sp", {"weight": 0.1}),)))
+    flight = prepare_flight(recipe, Settings(compare=methods), None)
+    planned = alternatives(flight)
+    assert [label for label, _ in planned] == ["full + l2sp, weight 0.1", "full", "ssu + l2sp"]
+    probe = Probe(32, ((0, 1.0), (16, 1.1), (32, 1.2)), *(Reading(np.full(4, -v), np.ones(4, bool)) for v in (1.0, 1.2)),
+                  (3.0, 2.0), 0.5, 0.1, 0.01, 3.2)  # fmt: skip
+    for label, phase in planned:
+        found = candidate(flight, label, phase, probe, {})
+        row = {"log_probe_shift": math.log10(0.2), "log_probe_loss": math.log10(0.2), "log_probe_growth": 0.0, "probe_steps": 32.0,
+               "log_steps_left": math.log10(flight.data.sequences // flight.data.batch_size / 32)}  # fmt: skip
+        want = forecast(row, shipped(held=label != "full"), parameters=flight.parameters)
+        assert found.forecast == want, label
+        assert found.strategy == {"full": "full"}.get(label, f"{phase.strategy.name} + l2sp")
+
+
+@pytest.mark.usefixtures("offline")
 def test_without_weights_the_tokenizer_the_data_and_the_memory_are_looked_at_and_the_rest_is_said(
     world: World, tmp_path: Path
 ) -> None:
     bare = without_weights(world.model, tmp_path / "bare")
     recipe = world.recipe(tmp_path / "run", strategy="full", model_name_or_path=str(bare))
-    result = preflight(recipe, Settings(compare=(("ssu", {}),)))
+    result = preflight(recipe, Settings(compare=(Method("ssu"),)))
     assert result["model"]["scores"] == []
     assert result["model"]["tokenizer"]["target"]["tokens_per_word"] > 1
     assert result["plan"]["memory"]["total"] > 0
@@ -194,11 +219,27 @@ def test_without_a_chat_template_what_needs_one_is_not_probed_and_the_rest_is(wo
         tmp_path / "run", strategy="full", model_name_or_path=str(plain),
         calibration={"datasets": [{"path": world.english, "role": "source"}], "sequences": 4, "sequence_length": 32},
     )  # fmt: skip
-    settings = Settings(encoder=None, probe_steps=2, compare=(("self_anchor", {}), ("hft", {})))
+    settings = Settings(encoder=None, probe_steps=2, compare=(Method("self_anchor"), Method("hft")))
     result = preflight(recipe, settings)
     assert [p["label"] for p in result["probes"]] == ["full", "hft"]
     assert any("watched as plain text" in n for n in result["notes"])
     assert any(n.startswith("self_anchor: not probed.") and "no chat template" in n for n in result["notes"])
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_method_that_needs_too_much_memory_is_noted_and_the_others_are_probed(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("addlang.guards.l2sp._Active.begin", full)
+    methods = (Method("full", {}, (("l2sp", {}),)), Method("hft"))
+    result = preflight(
+        world.recipe(tmp_path / "run", strategy="full"), Settings(encoder=None, probe_steps=2, compare=methods)
+    )
+    assert [p["label"] for p in result["probes"]] == ["full", "hft"]
+    assert any(n.startswith("full + l2sp: not probed. memory ran out in phase 'adapt'") for n in result["notes"])
 
 
 def card(**changes: object) -> dict[str, object]:
@@ -271,6 +312,8 @@ def test_wrong_arguments_name_their_remedy(tmp_path: Path) -> None:
     assert "--language" in error("lab", "lab://sw")
     assert "Did you mean 'full'" in error("lab", "lab://sw", "--language", "sw", "--compare", "ful")
     assert "NAME:KEY=VALUE" in error("lab", "lab://sw", "--language", "sw", "--compare", "ssu:ratio")
+    assert "Did you mean 'ewc'" in error("lab", "lab://sw", "--language", "sw", "--compare", "full+ewk")
+    assert "'weigth'" in error("lab", "lab://sw", "--language", "sw", "--compare", "full+ewc:weigth=3")
     (tmp_path / "folder").mkdir()
     assert "is a directory" in error("lab", "lab://sw", "--language", "sw", "--output", str(tmp_path / "folder"))
     assert "'x' is no multiple" in error("lab", "lab://sw", "--language", "sw", "--rates", "x")

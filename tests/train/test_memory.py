@@ -97,7 +97,9 @@ def test_penalties_count_what_they_keep_beside_every_trained_element() -> None:
     plain = estimate(config, plan, phase(), **settings)
     both = estimate(config, plan, phase(guards=["ewc", "l2sp"]), **settings)
     assert plain["guards"] == 0
-    assert both["total"] - plain["total"] == both["guards"] == 3 * 4 * plan.trainable_count
+    assert both["total"] - plain["total"] == both["guards"] == (4 + 2) * plan.trainable_count
+    wide = {**settings, "stored_bytes": 4}
+    assert estimate(config, plan, phase(guards=["ewc"]), **wide)["guards"] == (4 + 2) * plan.trainable_count
 
 
 def test_masked_execution_keeps_the_frozen_values_besides() -> None:

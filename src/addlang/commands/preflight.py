@@ -10,7 +10,7 @@ import typer
 from addlang.commands.common import Json, emit, parse_overrides, quiet, split_arguments
 from addlang.errors import AddlangError
 
-COMPARE = "full ssu ssu:ratio=0.75 self_anchor"
+COMPARE = "full ssu ssu:ratio=0.75 self_anchor full+ewc:data=self"
 
 
 def preflight(
@@ -21,7 +21,11 @@ def preflight(
     strategy: Annotated[str, typer.Option(help="The planned strategy.")] = "ssu",
     keep: Annotated[float, typer.Option(min=0, max=1, help="Share of the source ability to keep.")] = 0.97,
     compare: Annotated[
-        str, typer.Option(help=f"Strategies probed besides the planned one, or 'none'. Default: {COMPARE}.")
+        str,
+        typer.Option(
+            help="Probed besides the planned run, or 'none': strategies, each with its options and guards as in "
+            f"'{COMPARE}', which is the default."
+        ),
     ] = COMPARE,
     rates: Annotated[str, typer.Option(help="Multiples of the planned learning rate that are probed.")] = "1 0.5",
     encoder: Annotated[
@@ -49,7 +53,7 @@ def preflight(
         encoder=None if encoder == "none" else encoder,
         probe_steps=probe_steps,
         keep=keep,
-        compare=() if compare == "none" else tuple(_strategy(word) for word in compare.split()),
+        compare=() if compare == "none" else tuple(_method(word) for word in compare.split()),
         rates=tuple(_number(word) for word in rates.split()),
     )
     check_folder(Path(output))
@@ -83,19 +87,32 @@ def _recipe(values: list[str], options: list[str], language: str | None, strateg
     ), None
 
 
-def _strategy(word: str) -> tuple[str, dict[str, Any]]:
+def _method(word: str) -> Any:
+    """``ssu:ratio=0.75+ewc:data=self`` as a strategy with its guards."""
+    from addlang.guards.base import make_guard
+    from addlang.preflight.run import Method
+    from addlang.strategies.base import make_strategy
+
+    first, *rest = (_part(word, part) for part in word.split("+"))
+    make_strategy(*first)  # an unknown one is an error before any work
+    for guard in rest:
+        make_guard(*guard)
+    return Method(*first, tuple(rest))
+
+
+def _part(word: str, text: str) -> tuple[str, dict[str, Any]]:
     """``ssu:ratio=0.75`` as a name with options."""
     from addlang.commands.common import parse_value
-    from addlang.strategies import make_strategy
 
-    name, _, rest = word.partition(":")
+    name, _, rest = text.partition(":")
     options: dict[str, Any] = {}
     for part in rest.split(",") if rest else ():
         key, equals, value = part.partition("=")
         if not equals:
-            raise AddlangError(f"--compare: '{word}' is no strategy with options", "write NAME:KEY=VALUE,KEY=VALUE")
+            raise AddlangError(
+                f"--compare: '{word}' is no strategy with options", "write NAME:KEY=VALUE,KEY=VALUE, guards after a +"
+            )
         options[key] = parse_value(value)
-    make_strategy(name, options)  # an unknown one is an error before any work
     return name, options
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from addlang.guards.base import ActiveGuard, Guard, GuardContext
+from addlang.guards.base import ActiveGuard, Guard, GuardContext, compact
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,9 +23,10 @@ class L2SP(Guard):
     )
     summary = "pull every trained weight towards its source value"
 
-    copies = 1
-
     weight: float = Field(0.01, gt=0, description="lambda: the gradient is lambda times the distance from the source")
+
+    def kept_bytes(self, stored: int, master: int) -> int:
+        return min(stored, master)
 
     def start(self, context: GuardContext) -> ActiveGuard:
         return _Active(self)
@@ -38,23 +39,23 @@ class _Active(ActiveGuard):
 
     def begin(self, attached: Attached) -> None:
         # before a checkpoint is loaded: on resume the source's values must not be those of the checkpoint
-        self.source = {name: p.detach().clone() for name, p in attached.named_trainable()}
+        self.source = {name: compact(p.detach()) for name, p in attached.named_trainable()}
 
     def backward(self, attached: Attached, step: int) -> float:
         import torch
 
-        total = 0.0
+        terms: list[Tensor] = []
         with torch.no_grad():
             for name, p in attached.named_trainable():
                 if not p.requires_grad:  # asleep (lisa): it stands still
                     continue
                 distance = p - self.source[name]
-                total += 0.5 * self.guard.weight * float(distance.double().square().sum())
+                terms.append(distance.square().sum(dtype=torch.float64))
                 if p.grad is None:
                     p.grad = self.guard.weight * distance
                 else:
                     p.grad.add_(distance, alpha=self.guard.weight)
-        return total
+        return 0.5 * self.guard.weight * sum(float(t) for t in terms)  # only now does the host wait for a GPU
 
     def describe(self) -> dict[str, Any]:
         return {"guard": self.guard.name, **self.guard.model_dump(mode="json")}

@@ -15,8 +15,9 @@ class Candidate:
     """One planned run that was probed.
 
     Attributes:
-        label: strategy and options, in words.
-        strategy, options: as in a recipe.
+        label: strategy and guards with their options, in words.
+        strategy: its name and those of the guards.
+        options: of the strategy, as in a recipe.
         ratio: share that is frozen; None where the strategy has no ratio.
         learning_rate: of the probe.
         gained: fall of the loss on held-out target text during the probe, nats per token.

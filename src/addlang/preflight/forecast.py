@@ -1,4 +1,7 @@
-"""The forecast of English lost: a small linear model fitted on runs of the lab, with conformal intervals.
+"""The forecast of English lost: small linear models fitted on runs of the lab, with conformal intervals.
+
+There are two: for runs that nothing holds to the source but their plan (``free``), and for runs with a guard (``held``), which
+settle where a penalty or KL balances the target's pull, so that the rest of a run costs them less than its beginning.
 
 The outcome is the share of exact match that the adapted model loses, ``1 - after / before``; it is fitted on a logit scale
 and clipped at 1 %, below which a run's own sampling error hides it. ``benchmarks/forecast/run.py`` makes the coefficients
@@ -18,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
-FORMAT = 1
+FORMAT = 2
 FLOOR = 0.01  # of the share lost, both ends
 BEYOND = 1.0  # widths of the fitted range outside of which nothing is said
 
@@ -86,10 +89,10 @@ class Forecast:
 
 
 @functools.cache
-def shipped() -> Coefficients:
-    """The coefficients that come with addlang."""
+def shipped(*, held: bool = False) -> Coefficients:
+    """The coefficients that come with addlang; ``held``: for a run with guards."""
     text = (files("addlang.preflight") / "forecast.json").read_text(encoding="utf-8")
-    return Coefficients.from_json(json.loads(text))
+    return Coefficients.from_json(json.loads(text)["held" if held else "free"])
 
 
 def logit(share: float) -> float:
@@ -102,19 +105,17 @@ def expit(x: float) -> float:
     return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
 
 
-def forecast(
-    signals: Mapping[str, float], fitted: Coefficients | None = None, *, parameters: int | None = None
-) -> Forecast:
+def forecast(signals: Mapping[str, float], fitted: Coefficients, *, parameters: int | None = None) -> Forecast:
     """The forecast for one planned run.
 
     Args:
         signals: from :func:`addlang.preflight.signals.signals`.
+        fitted: of a kind of run; see :func:`shipped`.
         parameters: of the model; the farther from the fitted one, the less is known about the interval.
 
     Outside of the fitted range the interval grows in proportion to the distance; at a whole range's width outside of it
     nothing is said.
     """
-    fitted = fitted or shipped()
     missing = [name for name in fitted.features if name not in signals]
     if missing:
         return Forecast(None, None, None, why=(f"The forecast needs {', '.join(missing)}, which was not measured.",))

@@ -122,13 +122,17 @@ def run_probe(
     Args:
         data: the phase's data, of which the beginning is read.
         target: held-out target text, to see what the probe gains.
+
+    Raises:
+        AddlangError: memory ran out while training.
     """
     import torch
 
-    from addlang.models import Checkpoint, load_model
+    from addlang.models import Checkpoint, apply_liger, load_model
     from addlang.preflight.watch import read
     from addlang.run import make_plan, start_guards
     from addlang.train.loop import Schedule, compute_dtype, train
+    from addlang.train.memory import explain_out_of_memory
     from addlang.train.schedule import micro_batch
 
     stored = Checkpoint(source)
@@ -149,14 +153,19 @@ def run_probe(
         run = Rehearsal(Path(folder), recipe)
         plan = make_plan(run, phase, model, stored.hash, tokenizer, base_dir, data, planned)
         guards = start_guards(run, phase, model, stored.hash, tokenizer, device, planned, base_dir)
-        attached = phase.strategy.attach(model, plan, phase.execution, masters=phase.master_weights == "fp32")
-        watcher = Watcher(text, frozenset({steps // 4, steps // 2}))
-        started = time.monotonic()
-        train(
-            attached, data, settings, Path(folder), device=device, schedule=Schedule(steps, data.batch_size, micro),
-            seed=recipe.seed, guards=[*guards, watcher],
-        )  # fmt: skip
-        seconds = time.monotonic() - started
+        if phase.use_liger_kernel:
+            apply_liger(model)
+        with explain_out_of_memory(
+            model, plan, phase, micro=micro, device=device, stored=stored.dtype, accumulated=data.batch_size > micro
+        ):
+            attached = phase.strategy.attach(model, plan, phase.execution, masters=phase.master_weights == "fp32")
+            watcher = Watcher(text, frozenset({steps // 4, steps // 2}))
+            started = time.monotonic()
+            train(
+                attached, data, settings, Path(folder), device=device, schedule=Schedule(steps, data.batch_size, micro),
+                seed=recipe.seed, guards=[*guards, watcher],
+            )  # fmt: skip
+            seconds = time.monotonic() - started
         after = read(attached.model, text)
         gained = 0.0 if target is None or target_before is None else target_before - read(attached.model, target).loss
         rows = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,11 +27,20 @@ REPLIES, REPLY_TOKENS = 24, 64
 TARGET_TEXTS = 64
 WATCHED_TOKENS = 512  # of a conversation
 HALVINGS = 3  # of the learning rate, where no setting keeps enough
-UNPROBED = (
-    "Not among what was probed, because a penalty acts only on weights that have moved, which a short probe does not show: EWC on "
-    "conversations that the model samples itself (guards: [{name: ewc, data: self}] on full fine-tuning). In our studies it kept "
-    "most of the source at equal gain; it keeps two more copies of what is trained in memory."
-)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A strategy and what holds it to the source: one of the settings to compare.
+
+    Attributes:
+        strategy, options: as in a recipe.
+        guards: (name, options) each.
+    """
+
+    strategy: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    guards: tuple[tuple[str, Mapping[str, Any]], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,14 +51,14 @@ class Settings:
         encoder: of DES; ``states``: mean hidden states of the model; None: no DES.
         probe_steps: of every probe; 0: none, and so no forecast.
         keep: share of the source ability that should be kept.
-        compare: strategies with options that are probed besides the planned one.
+        compare: what is probed besides the planned run.
         rates: multiples of the planned learning rate that are probed.
     """
 
     encoder: str | None = "states"
     probe_steps: int = 32
     keep: float = 0.97
-    compare: tuple[tuple[str, dict[str, Any]], ...] = ()
+    compare: tuple[Method, ...] = ()
     rates: tuple[float, ...] = (1.0,)
 
 
@@ -377,7 +386,7 @@ def probe_one(
 def candidate(flight: Preflight, label: str, phase: Phase, probe: Any, so_far: dict[str, Any]) -> Candidate:
     """A probed setting with its forecast."""
     from addlang.preflight.advice import Candidate
-    from addlang.preflight.forecast import forecast
+    from addlang.preflight.forecast import forecast, shipped
     from addlang.preflight.signals import signals
 
     row = signals(
@@ -386,31 +395,40 @@ def candidate(flight: Preflight, label: str, phase: Phase, probe: Any, so_far: d
         sequence_tokens=flight.data.batch_size * phase.sequence_length,
         epochs=max((s["epochs"] for s in flight.data.card["sources"]), default=1.0),
     )  # fmt: skip
-    name, options = phase.strategy.name, phase.strategy.model_dump(mode="json", exclude_defaults=True)
+    fitted = shipped(held=bool(phase.all_guards))
     return Candidate(
-        label, name, options, phase.learning_rate, probe.target_gained, probe.loss_change, probe.shift,
-        probe.seconds / probe.steps, forecast(row, parameters=flight.parameters),
+        label, " + ".join(part.name for part in (phase.strategy, *phase.guards)),
+        phase.strategy.model_dump(mode="json", exclude_defaults=True), phase.learning_rate, probe.target_gained,
+        probe.loss_change, probe.shift, probe.seconds / probe.steps, forecast(row, fitted, parameters=flight.parameters),
         getattr(phase.strategy, "ratio", None),
     )  # fmt: skip
 
 
 def alternatives(flight: Preflight) -> list[tuple[str, Phase]]:
-    """(label, phase): the planned run, then every strategy to compare at every learning rate."""
-    from addlang.strategies import make_strategy
+    """(label, phase): the planned run, then every method to compare at every learning rate."""
+    from addlang.guards.base import make_guard
+    from addlang.strategies.base import make_strategy
 
     own = flight.phase
-    wanted = [(own.strategy.name, own.strategy.model_dump(exclude_defaults=True)), *flight.settings.compare]
+    wanted = [(own.strategy, own.guards)]
+    for method in flight.settings.compare:
+        guards = tuple(make_guard(name, options) for name, options in method.guards)
+        wanted.append((make_strategy(method.strategy, method.options), guards))
     out: list[tuple[str, Phase]] = []
-    seen: set[tuple[Any, float]] = set()
-    for name, options in wanted:
-        strategy = make_strategy(name, options)
-        label = name + "".join(f", {k} {v}" for k, v in options.items() if not isinstance(v, dict))
+    for strategy, guards in wanted:
+        label = " + ".join(map(described_part, (strategy, *guards)))
         for times in dict.fromkeys((1.0, *flight.settings.rates)):
             rate = float(f"{own.learning_rate * times:.6g}")
-            if (strategy, rate) not in seen:
-                seen.add((strategy, rate))
-                out.append((label, own.model_copy(update={"strategy": strategy, "learning_rate": rate})))
+            phase = own.model_copy(update={"strategy": strategy, "guards": guards, "learning_rate": rate})
+            if all((p.strategy, p.guards, p.learning_rate) != (strategy, guards, rate) for _, p in out):
+                out.append((label, phase))
     return out
+
+
+def described_part(part: Any) -> str:
+    """A strategy or guard with the options that are not its defaults."""
+    options = part.model_dump(mode="json", exclude_defaults=True)
+    return part.name + "".join(f", {k} {v}" for k, v in options.items() if not isinstance(v, dict))
 
 
 def target_text(flight: Preflight) -> Watched:
@@ -459,10 +477,7 @@ def give_advice(flight: Preflight, so_far: dict[str, Any]) -> dict[str, Any]:
         own = Forecast(said["lost"], said["low"], said["high"], tuple(said["outside"]), tuple(said["why"]))
         fields = {k: v for k, v in row.items() if k in Candidate.__dataclass_fields__ and k != "forecast"}
         candidates.append(Candidate(**fields, forecast=own))
-    told = advise(candidates, flight.settings.keep).describe()
-    if candidates and getattr(flight.tokenizer, "chat_template", None) and not flight.phase.all_guards:
-        told["reasons"].append(UNPROBED)
-    return told
+    return advise(candidates, flight.settings.keep).describe()
 
 
 def give_answers(_flight: Preflight, so_far: dict[str, Any]) -> list[dict[str, str]]:

@@ -94,7 +94,7 @@ def estimate(
         "gathered": gathered,
         "gradients": gradients,
         "optimizer": (round(trained * optimizer_bytes(phase, master)) + wide) // shards,
-        "guards": trained * master * sum(g.copies for g in phase.all_guards) // shards,
+        "guards": trained * sum(g.kept_bytes(stored_bytes, master) for g in phase.all_guards) // shards,
     }
     cast = 0  # 16-bit copies of trained weights that autocast makes for a product
     if form == "masked" and compute_bytes < master and shards == 1:
