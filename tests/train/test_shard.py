@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,10 +17,11 @@ import torch.distributed as dist
 from tiny import make_model
 from torch import Tensor
 
+from addlang.data.calibration import CalibrationSet
 from addlang.errors import AddlangError, PreemptedError
 from addlang.freeze.plan import FreezePlan
 from addlang.freeze.proof import bits
-from addlang.guards import ActiveGuard
+from addlang.guards import ActiveGuard, make_guard
 from addlang.train.shard import ALONE, World, join_world, sharding_of
 from training import Data, Killed, attach, make_exact, phase, run, weights
 
@@ -49,6 +52,16 @@ class Pull(ActiveGuard):
         return float(term.detach())
 
 
+def penalty(name: str) -> ActiveGuard:
+    """One of ours, on four conversations."""
+    ids = tuple(tuple(range(6 + k, 22 + 3 * k)) for k in range(4))
+    about: Any = SimpleNamespace(
+        calibration=lambda: CalibrationSet(ids, 2, 0, "drawn", "f"), device=torch.device("cpu"),
+        autocast=contextlib.nullcontext, progress=lambda *_: None,
+    )  # fmt: skip
+    return make_guard(name, {"weight": 10.0}).start(about)
+
+
 def scenario(directory: Path, world: World, case: dict[str, Any]) -> Any:
     """One sitting of training; ``case`` is plain data."""
     case = dict(case)
@@ -62,7 +75,7 @@ def scenario(directory: Path, world: World, case: dict[str, Any]) -> Any:
     )
     halt = case.pop("halt", None)
     data = Data(None if halt is None else Halt(halt, world.rank, case.pop("term", False)))
-    guards = (Pull(),) if case.pop("guarded", False) else ()
+    guards = [Pull() if name == "pull" else penalty(name) for name in case.pop("guards", ())]
     case.setdefault("micro", 1)
     case.setdefault("steps", STEPS)
     patch = pytest.MonkeyPatch()
@@ -154,7 +167,7 @@ def test_two_sharded_processes_equal_one_for_every_kind_of_plan(tmp_path: Path) 
             {"execution": "split", "options": {"granularity": "row", "freeze_special_tokens": True}},
             {"execution": "split", "architecture": "gemma3"},
             {"execution": "split", "options": {"train_embeddings": False, "train_lm_head": False}},
-            {"execution": "split", "guarded": True},
+            {"execution": "split", "guards": ["pull"]},
             {"execution": "split", "embedding_learning_rate": 1e-3, "max_grad_norm": 0.1},
         ],
     )
@@ -182,10 +195,25 @@ def test_two_replicas_equal_one_process(tmp_path: Path) -> None:
         2,
         [
             {"sharding": "ddp", "strategy": "full"},
-            {"sharding": "ddp", "execution": "masked", "guarded": True},
-            {"sharding": "ddp", "execution": "split", "activation_checkpointing": True},
+            {"sharding": "ddp", "execution": "masked", "guards": ["pull"]},
+            {"sharding": "ddp", "execution": "split", "activation_checkpointing": True, "guards": ["ewc", "l2sp"]},
         ],
     )
+
+
+@pytest.mark.slow
+def test_penalties_act_on_shards_as_on_the_whole(tmp_path: Path) -> None:
+    cases: list[dict[str, Any]] = [
+        {"execution": "split", "guards": ["ewc"]}, {"strategy": "full", "guards": ["ewc", "l2sp"]},
+        {"execution": "masked", "guards": ["l2sp"]},
+    ]  # fmt: skip
+    equal_to_one(tmp_path, 2, cases)
+    case = {**cases[1], "dtype": "float32"}  # norms are kept in 16 bits then, and Fisher information
+    found = spawn(2, tmp_path / "single", [case])[0]["weights"]
+    alone = weights(scenario(tmp_path / "alone", ALONE, {**case, "sharding": "none"}))
+    assert worst(found, alone) <= 1e-4
+    free = weights(scenario(tmp_path / "free", ALONE, {"strategy": "full", "dtype": "float32", "sharding": "none"}))
+    assert worst(free, alone) > 1e-3, "the penalties did something"
 
 
 @pytest.mark.slow
