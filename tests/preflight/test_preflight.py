@@ -161,7 +161,7 @@ def test_what_is_compared_has_its_own_guards_and_guards_have_a_forecast_of_their
         row = {"log_probe_shift": math.log10(0.2), "log_probe_loss": math.log10(0.2), "log_probe_growth": 0.0, "probe_steps": 32.0,
                "log_steps_left": math.log10(flight.data.sequences // flight.data.batch_size / 32)}  # fmt: skip
         want = forecast(row, shipped(held=label != "full"), parameters=flight.parameters)
-        assert found.forecast == want, label
+        assert (found.forecast.lost, found.forecast.high) == pytest.approx((want.lost, want.high)), label
         assert found.strategy == {"full": "full"}.get(label, f"{phase.strategy.name} + l2sp")
 
 

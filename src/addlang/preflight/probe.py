@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +39,7 @@ class Probe:
         target_gained: fall of the loss on held-out target text, nats per token; 0 where none was given.
         moved: mean over tensors of the Frobenius norm of the update (as MPD reads it).
         moved_relative: norm of the whole update over that of the weights that could move.
-        seconds: of training.
+        seconds: of training, without what guards prepare.
     """
 
     steps: int
@@ -160,12 +159,10 @@ def run_probe(
         ):
             attached = phase.strategy.attach(model, plan, phase.execution, masters=phase.master_weights == "fp32")
             watcher = Watcher(text, frozenset({steps // 4, steps // 2}))
-            started = time.monotonic()
-            train(
+            result = train(
                 attached, data, settings, Path(folder), device=device, schedule=Schedule(steps, data.batch_size, micro),
                 seed=recipe.seed, guards=[*guards, watcher],
             )  # fmt: skip
-            seconds = time.monotonic() - started
         after = read(attached.model, text)
         gained = 0.0 if target is None or target_before is None else target_before - read(attached.model, target).loss
         rows = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -179,7 +176,7 @@ def run_probe(
         target_gained=gained,
         moved=moved,
         moved_relative=relative,
-        seconds=seconds,
+        seconds=result.seconds,
     )
 
 
