@@ -109,6 +109,8 @@ def guard_of(pair: Pair) -> list[dict[str, Any]]:
     guard: dict[str, Any] = {"name": pair.guard, "weight": pair.weight}
     if pair.guard == "ewc, own words":
         guard |= {"name": "ewc", "data": "self", "sampling": {**SAMPLING, "conversations": 500}}
+    if guard["name"] == "ewc":
+        guard["per"] = "conversation"
     elif pair.guard == "self_anchor":
         guard |= SAMPLING
     return [guard]

@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 class EWC(Guard):
     """Pulls every trained element to the source's value, the harder the more the source's loss depends on it.
 
-    ``F`` is the squared gradient of one conversation's token-mean loss, averaged over conversations. With ``data:
+    ``F`` is the squared gradient of a conversation's summed loss, over all conversations and per token. With ``data:
     calibration`` these are the phase's source data, and ``F`` is the empirical Fisher information. With ``data: self`` the
-    source model samples them itself, as for the self anchor: no source data are needed, and ``F`` is the Fisher information
-    proper, whose expectation is over the model's own words. ``F`` is taken through the attached model, so it exists for what
+    source model samples them itself, as for the self anchor: no source data are needed, ``F`` is the Fisher information
+    proper, whose expectation is over the model's own words, and ``sum F (w - w0)^2 / 2`` estimates the KL divergence from the
+    source per token in nats (to second order), so that a ``weight`` carries over to another model. ``F`` is taken through the attached model, so it exists for what
     is trained only, and is computed anew on resume: it takes one backward pass per conversation and no disk. Beside fp32 masters it is
     kept in bf16, and the source's values in the checkpoint's type: 4 bytes per trained element instead of 8.
     """
@@ -31,7 +32,12 @@ class EWC(Guard):
     paper = "Overcoming catastrophic forgetting in neural networks (Kirkpatrick et al., 2017; arXiv 1612.00796)"
     summary = "pull every trained weight towards its source value, by its Fisher information"
 
-    weight: float = Field(1e3, gt=0, description="lambda: the gradient is lambda times F times the distance")
+    weight: float = Field(100.0, gt=0, description="lambda: the gradient is lambda times F times the distance")
+    per: Literal["token", "conversation"] = Field(
+        "token",
+        description="F per token; or of a conversation's mean loss, which is smaller by a conversation's length, so that "
+        "the weight depends on it",
+    )
     sequences: int | None = Field(
         None, gt=0, description="conversations that F is averaged over, spread over the set; None: all"
     )
@@ -76,7 +82,7 @@ class _Active(ActiveGuard):
 
         # before a checkpoint is loaded: both belong to the source's values, also on resume
         self.source = {name: compact(p.detach()) for name, p in attached.named_trainable()}
-        found = fisher(attached, self.ids, self.context)
+        found = fisher(attached, self.ids, self.context, per=self.guard.per)
         if not any(bool(f.any()) for f in found.values()):
             raise AddlangError(
                 "ewc: the Fisher information of everything that is trained is 0, so the penalty would do nothing",
@@ -114,9 +120,18 @@ def spread(count: int, wanted: int | None) -> list[int]:
     return [i * count // wanted for i in range(wanted)]
 
 
-def fisher(attached: Attached, conversations: list[list[int]], context: GuardContext) -> dict[str, Tensor]:
-    """Mean over conversations of the squared gradient of the token-mean loss, for every trained parameter (its shape)."""
+def fisher(
+    attached: Attached, conversations: list[list[int]], context: GuardContext, *, per: str = "token"
+) -> dict[str, Tensor]:
+    """Diagonal Fisher information of every trained parameter (its shape).
+
+    Args:
+        per: ``token``: the squared gradients of the conversations' summed losses, over their tokens; ``conversation``: the mean
+            over conversations of the squared gradient of the token-mean loss.
+    """
     import torch
+
+    everything = sum(len(conversation) - 1 for conversation in conversations)
 
     trained = attached.named_trainable()
     sums = {name: torch.zeros_like(p) for name, p in trained}
@@ -132,9 +147,11 @@ def fisher(attached: Attached, conversations: list[list[int]], context: GuardCon
                 logits = attached.model(input_ids=ids, use_cache=False).logits[0, :-1]
             loss = torch.nn.functional.cross_entropy(logits.float(), ids[0, 1:])
             loss.backward()  # type: ignore[no-untyped-call]
+            tokens = len(conversation) - 1
+            share = tokens**2 / everything if per == "token" else 1 / len(conversations)
             for name, p in trained:
                 if p.grad is not None:
-                    sums[name].addcmul_(p.grad, p.grad, value=1 / len(conversations))
+                    sums[name].addcmul_(p.grad, p.grad, value=share)
                     p.grad = None
             context.progress(done, len(conversations), "conversations")
     finally:

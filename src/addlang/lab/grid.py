@@ -56,7 +56,6 @@ class Arm:
 ANCHOR = {"name": "self_anchor", "anchor": {"max_instruction_tokens": 80, "max_answer_tokens": 48}}
 OWN_WORDS = {
     "name": "ewc",
-    "weight": 1e3,
     "data": "self",
     "sampling": {"conversations": 500, "max_instruction_tokens": 80, "max_answer_tokens": 48},
 }
@@ -76,7 +75,7 @@ RATES = {
     "random": (2e-3,),
     "replay": (1.5e-3,),
     "anchor": (2.5e-3,),
-    "ewc": (2e-3,),
+    "ewc": (3e-3,),  # a penalty wants a higher rate
 }
 FULL_RATES = {
     "full": (4e-4, 8e-4, 1.5e-3, 2.5e-3),
@@ -84,7 +83,7 @@ FULL_RATES = {
     "random": (1e-3, 2e-3, 3e-3),
     "replay": (8e-4, 1.5e-3, 2.5e-3),
     "anchor": (1.5e-3, 2.5e-3, 4e-3),
-    "ewc": (1.5e-3, 2.5e-3, 4e-3),
+    "ewc": (2.5e-3, 4e-3, 6e-3),
 }
 
 
