@@ -17,15 +17,17 @@ if TYPE_CHECKING:
 
 
 class EWC(Guard):
-    """Pulls every trained element to the source's value, the harder the more the source's loss depends on it.
+    """Pulls every trained element to the source's value, the harder the more the source's predictions depend on it.
 
     ``F`` is the squared gradient of a conversation's summed loss, over all conversations and per token. With ``data:
     calibration`` these are the phase's source data, and ``F`` is the empirical Fisher information. With ``data: self`` the
     source model samples them itself, as for the self anchor: no source data are needed, ``F`` is the Fisher information
-    proper, whose expectation is over the model's own words, and ``sum F (w - w0)^2 / 2`` estimates the KL divergence from the
-    source per token in nats (to second order), so that a ``weight`` carries over to another model. ``F`` is taken through the attached model, so it exists for what
-    is trained only, and is computed anew on resume: it takes one backward pass per conversation and no disk. Beside fp32 masters it is
-    kept in bf16, and the source's values in the checkpoint's type: 4 bytes per trained element instead of 8.
+    proper, whose expectation is over the model's own words, and ``sum F (w - w0)^2 / 2`` estimates the KL divergence from
+    the source per token in nats (to second order), so that a ``weight`` carries over to another model.
+
+    ``F`` is taken through the attached model, so it exists for what is trained only, and is computed anew on resume: it takes
+    one backward pass per conversation and no disk. Beside fp32 masters it is kept in bf16, and the source's values in the
+    checkpoint's type: 4 bytes per trained element instead of 8.
     """
 
     name = "ewc"
