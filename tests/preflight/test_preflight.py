@@ -242,6 +242,19 @@ def test_a_method_that_needs_too_much_memory_is_noted_and_the_others_are_probed(
     assert any(n.startswith("full + l2sp: not probed. memory ran out in phase 'adapt'") for n in result["notes"])
 
 
+@pytest.mark.usefixtures("offline")
+def test_a_method_that_a_recipe_would_refuse_is_noted_and_not_probed(world: World, tmp_path: Path) -> None:
+    twice = Method("self_anchor", {}, (("self_anchor", {}),))
+    methods = (Method("hft"), Method("full", {}, (("l2sp", {}),)), twice)
+    recipe = world.recipe(tmp_path / "run", strategy="full", no_previous_weights=True)
+    result = preflight(recipe, Settings(encoder=None, probe_steps=2, compare=methods))
+    assert [p["label"] for p in result["probes"]] == ["full", "hft"]
+    assert any(n.startswith("full + l2sp: not probed. no_previous_weights: 'l2sp' holds") for n in result["notes"])
+    free = world.recipe(tmp_path / "run", strategy="full")
+    notes = preflight(free, Settings(encoder=None, probe_steps=2, compare=(twice,)))["notes"]
+    assert any(n.startswith("self_anchor + self_anchor: not probed. strategy 'self_anchor' brings") for n in notes)
+
+
 def card(**changes: object) -> dict[str, object]:
     return {"sources": [{"path": "x", "role": "target", "tokens": 1000, "epochs": 1.0, **changes}]}
 

@@ -370,6 +370,7 @@ def probe_one(
 
     single = flight.recipe.model_copy(update={"phases": (phase,)})
     try:
+        validate(phase)
         check_requirements(single)
         check_model(single, flight.source, flight.tokenizer)
         probe = run_probe(
@@ -381,6 +382,21 @@ def probe_one(
         return False
     found.append((candidate(flight, label, phase, probe, so_far), phase, probe))
     return True
+
+
+def validate(phase: Phase) -> None:
+    """What a recipe with this phase would be refused for: a copy with other parts is not checked by itself.
+
+    Raises:
+        AddlangError: parts that contradict each other, or a promise of the recipe.
+    """
+    from pydantic import ValidationError
+
+    given = {*phase.model_fields_set, "strategy", "guards", "learning_rate"}
+    try:
+        type(phase)(**{name: getattr(phase, name) for name in given})
+    except ValidationError as error:
+        raise AddlangError("; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())) from None
 
 
 def candidate(flight: Preflight, label: str, phase: Phase, probe: Any, so_far: dict[str, Any]) -> Candidate:
@@ -395,7 +411,9 @@ def candidate(flight: Preflight, label: str, phase: Phase, probe: Any, so_far: d
         sequence_tokens=flight.data.batch_size * phase.sequence_length,
         epochs=max((s["epochs"] for s in flight.data.card["sources"]), default=1.0),
     )  # fmt: skip
-    fitted = shipped(held=bool(phase.all_guards))
+    fitted = shipped(
+        held=any(guard.needs_start for guard in phase.all_guards)
+    )  # a guard that only replays holds nothing
     return Candidate(
         label, " + ".join(part.name for part in (phase.strategy, *phase.guards)),
         phase.strategy.model_dump(mode="json", exclude_defaults=True), phase.learning_rate, probe.target_gained,
