@@ -1,10 +1,11 @@
 """How abilities fare that the self anchor's conversations leave out: English kept by task, covered and uncovered.
 
-    addlang sweep recipes/ssu/lab/anchor.yaml --output_dir runs/lab-anchor
-    python benchmarks/anchor_coverage.py runs/lab-anchor
+    addlang sweep recipes/ssu/lab/anchor-coverage.yaml --output_dir runs/lab-anchor-coverage
+    python benchmarks/anchor_coverage.py runs/lab-anchor-coverage
 
 Reads the items of every run of the study (``samples/``) and splits them by the lab's tasks; the uncovered ones are those whose
-instructions the arms called "half ... missing" skip. Means and 95 % t intervals over seeds.
+instructions the arms called "half missing" skip. Means and 95 % t intervals over seeds, by learning rate and at equal gain
+against the study's reference.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 from pathlib import Path
 
 from addlang.evaluate.statistics import t_interval
+from addlang.study.numbers import at_equal_gain, change
 
 UNCOVERED = {"copy", "reverse", "count", "sort", "first", "last"}
 
@@ -47,6 +49,25 @@ def main() -> None:
                 f"{100 * i.mean:.1f} %" + ("" if i.low is None else f" [{100 * i.low:.1f}, {100 * i.high:.1f}]")
             )
         print(f"| {arm} | {rate:g} | {cells[0]} | {cells[1]} |")
+    for side, name in enumerate(("covered", "uncovered")):
+        curves: dict[str, dict[int, list[tuple[float, float]]]] = {}
+        for r in results["runs"]:
+            kept = shares(root / "runs" / r["folder"], "after")[side] - before[side]
+            point = (change(r["results"], [results["gained"]]), kept)
+            curves.setdefault(r["arm"], {}).setdefault(r["seed"], []).append(point)
+        print(f"\n| arm | at gain | change of {name} tasks | {results['reference']} there | difference | p (Holm) |")
+        print("|---|---|---|---|---|---|")
+        for row in at_equal_gain(curves, results["reference"]):
+            if "difference" not in row:
+                print(f"| {row['arm']} | {row['gained']:.3f} | {row['note']} | | | |")
+                continue
+            numbers = " | ".join(points(row[key]) for key in ("kept", "reference_kept", "difference"))
+            print(f"| {row['arm']} | {row['gained']:.3f} | {numbers} | {row.get('p_holm', float('nan')):.3f} |")
+
+
+def points(interval: list[float | None]) -> str:
+    mean, low, high = ("-" if v is None else f"{100 * v:+.1f}" for v in interval)
+    return f"{mean} [{low}, {high}]"
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from addlang import strictyaml
 from addlang.errors import AddlangError
 from addlang.recipe import ALIASES, Phase, Recipe, parse_count
 
@@ -178,6 +179,14 @@ def test_norwegian_is_a_language_and_1e_4_a_number(recipe_file: Path) -> None:
     recipe = Recipe.load(write(recipe_file, "source_language: no\nlearning_rate: 1e-4\nwarmup_steps: 5e-1\n"))
     assert recipe.source_language == "no"
     assert recipe.phases[0].learning_rate == 1e-4
+
+
+def test_a_mapping_can_be_merged_into_another() -> None:
+    """Own keys win over merged ones; a key that stands twice in one mapping is still an error."""
+    text = "anchor: &half {conversations: 50, top_k: 4}\n"
+    assert strictyaml.read(text + "other: {<<: *half, top_k: 8}")["other"] == {"conversations": 50, "top_k": 8}
+    with pytest.raises(yaml.YAMLError, match="'top_k' stands twice"):
+        strictyaml.read(text + "other: {<<: *half, top_k: 8, top_k: 9}")
 
 
 # ---- meaning
