@@ -96,7 +96,10 @@ def test_without_ids_rows_are_joined_by_their_number(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bare", [0, 1])
 def test_ids_of_one_file_are_not_joined_with_row_numbers_of_the_other(tmp_path: Path, bare: int) -> None:
-    rows = [{**row, "id": i} for i, row in enumerate(ENGLISH[:2])], [{**row, "id": i} for i, row in enumerate(GERMAN[:2])]
+    rows = (
+        [{**row, "id": i} for i, row in enumerate(ENGLISH[:2])],
+        [{**row, "id": i} for i, row in enumerate(GERMAN[:2])],
+    )
     for row in rows[bare]:
         del row["id"]
     files = write(tmp_path, "en.jsonl", rows[0]), write(tmp_path, "de.jsonl", rows[1])
