@@ -18,7 +18,8 @@ def compare(
 
     Values, differences and interval ends are in the metric's unit and direction (minus is lower, not worse: see
     ``higher_is_better``); ``relative`` is the difference over the value before. Interval ends, ``p`` and ``relative``
-    are None where the data cannot give them; rows with one ``items_id`` are about the same items; p values are not corrected for their number, see ``statistics.holm``.
+    are None where the data cannot give them; p values are not corrected for their number, see ``statistics.holm``. Rows with
+    one ``items_id`` are about the same items.
 
     Raises:
         AddlangError: the two were not measured on the same items under the same settings.
