@@ -40,7 +40,7 @@ def compare(
                 "role": old.role,
                 "language": old.language,
                 "metric": old.metric,
-                "unit": old.unit,
+                "unit": next((u for u in (old.unit, later[old.key].unit) if u != "share"), "share"),  # see _same_task
                 "higher_is_better": old.higher_is_better,
                 "before": d.before,
                 "after": d.after,

@@ -288,7 +288,9 @@ def interpolate_at(xs: Sequence[float], ys: Sequence[float], x: float) -> float 
 
 
 def _same_task(before: Measurement, after: Measurement) -> None:
-    for name in ("task", "metric", "version", "unit"):
+    # earlier versions told a metric's unit by its values: "share", or the metric's own name
+    either = {before.unit, after.unit} == {"share", before.metric.partition(" (")[0]}
+    for name in ("task", "metric", "version") if either else ("task", "metric", "version", "unit"):
         old, new = getattr(before, name), getattr(after, name)
         if old != new:
             raise AddlangError(f"{before.task}: {name} is '{old}' before and '{new}' after, so they are not comparable")
