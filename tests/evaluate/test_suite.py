@@ -35,6 +35,7 @@ def recipe(tmp_path: Path) -> Evaluation:
 def build(evaluation: Evaluation, tokenizer: Any, base_dir: Path, **changes: Any) -> Suite:
     settings: dict[str, Any] = {
         "heldout_target": HELDOUT,
+        "heldout_chats": (),
         "source_language": "en",
         "target_language": "sw",
         "sequence_length": 64,
