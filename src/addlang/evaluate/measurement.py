@@ -116,8 +116,8 @@ class Measurement:
     @cached_property
     def items_id(self) -> str:
         """Names the items and their clusters. Metrics with the same one are no independent evidence: see :func:`by_items`."""
-        names = sorted((i.id, *cluster_key(i)) for i in self.items) or [self.task]  # some corpus metrics keep no items
-        return hashlib.sha256(repr(names).encode()).hexdigest()[:16]
+        names = sorted((i.id, *cluster_key(i)) for i in self.items)
+        return hashlib.sha256(repr(names or self.task).encode()).hexdigest()[:16]  # some corpus metrics keep no items
 
     @cached_property
     def value(self) -> float:
