@@ -76,7 +76,7 @@ def measure(directory: Path, seed: int, out: Path) -> dict[str, float]:
     """English and Swahili of a model, on the lab's items."""
     import torch
 
-    from addlang.data.prepare import labelled_texts
+    from addlang.data.prepare import labelled_chats, labelled_texts
     from addlang.evaluate.suite import build_suite, cached_evaluate
     from addlang.lab import grid
     from addlang.models import Checkpoint, load_model, load_tokenizer, resolve
@@ -91,6 +91,7 @@ def measure(directory: Path, seed: int, out: Path) -> dict[str, float]:
         source_language="en",
         target_language="sw",
         sequence_length=128,
+        heldout_chats=labelled_chats(recipe.evaluation.target_datasets),
     )
     model = load_model(directory, dtype=torch.float32)
     rows = cached_evaluate(model, Checkpoint(directory).hash, suite, out / "cache" / "evaluations")

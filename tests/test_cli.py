@@ -337,6 +337,26 @@ def test_evaluate_measures_a_model_and_the_difference_of_two(
     assert "difference" in addlang(*arguments).out
 
 
+@pytest.mark.usefixtures("offline")
+def test_evaluate_measures_the_answers_of_conversations_in_both_languages(addlang: Addlang, world: World) -> None:
+    arguments = [
+        "evaluate",
+        world.model,
+        "--language",
+        "sw",
+        "--text",
+        world.chat,
+        "--source_text",
+        world.chat,
+        "--limit",
+        1,
+    ]
+    result = addlang(*arguments, "--json")
+    assert result.code == 0, result.err
+    found = {(r["role"], r["metric"]): r["value"] for r in result.json["results"]}
+    assert found["target", "answer_bits_per_byte"] == found["source", "answer_bits_per_byte"] > 0
+
+
 # ---- exit codes
 
 

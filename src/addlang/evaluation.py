@@ -94,7 +94,7 @@ def evaluation_recipe(model: str, language: str, settings: dict[str, Any], where
 def _measure(name: str, evaluation: Evaluation, recipe: Recipe) -> Any:
     import torch
 
-    from addlang.data.prepare import cache_root, labelled_texts
+    from addlang.data.prepare import cache_root, labelled_chats, labelled_texts
     from addlang.evaluate.suite import build_suite, cached_evaluate
     from addlang.models import Checkpoint, load_model, load_tokenizer, resolve
     from addlang.progress import progress
@@ -110,6 +110,7 @@ def _measure(name: str, evaluation: Evaluation, recipe: Recipe) -> Any:
         source_language=recipe.source_language,
         target_language=recipe.language,
         sequence_length=evaluation.sequence_length or min(512, context_length(directory)),
+        heldout_chats=labelled_chats(evaluation.target_datasets),
     )
     model = load_model(directory, dtype=torch.float32 if device.type == "cpu" else None, device=device)
     with progress(f"evaluating {name}", total=len(suite.tasks), unit="tasks") as bar:

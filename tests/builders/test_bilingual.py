@@ -85,10 +85,33 @@ def test_the_request_may_be_in_either_language(files: tuple[str, str]) -> None:
 
 def test_without_ids_rows_are_joined_by_their_number(tmp_path: Path) -> None:
     english = write(tmp_path, "en.jsonl", [{k: v for k, v in row.items() if k != "id"} for row in ENGLISH])
-    translated = [{**GERMAN[1], "id": 1}, {**GERMAN[0], "id": 2}]  # as 'addlang data translate' numbers them
-    rows, counts = made((english, write(tmp_path, "de.jsonl", translated)))
-    assert counts == {"joined": 2}
-    assert rows[0]["messages"][1]["content"] == "English: The Rhine.\n\nGerman: Der Rhein."
+    plain = [{k: v for k, v in GERMAN[i].items() if k != "id"} for i in (1, 0)]
+    translated = [{"id": i, **row, "translated_from": "en"} for i, row in ((2, plain[1]), (1, plain[0]))]
+    for target in (plain, translated):  # the latter as 'addlang data translate' numbers them
+        rows, counts = made((english, write(tmp_path, "de.jsonl", target)))
+        assert counts == {"joined": 2}
+        answers = {row["messages"][1]["content"] for row in rows}
+        assert answers == {"English: The Rhine.\n\nGerman: Der Rhein.", "English: Five {x}.\n\nGerman: Fünf {x}."}
+
+
+@pytest.mark.parametrize("bare", [0, 1])
+def test_ids_of_one_file_are_not_joined_with_row_numbers_of_the_other(tmp_path: Path, bare: int) -> None:
+    rows = (
+        [{**row, "id": i} for i, row in enumerate(ENGLISH[:2])],
+        [{**row, "id": i} for i, row in enumerate(GERMAN[:2])],
+    )
+    for row in rows[bare]:
+        del row["id"]
+    files = write(tmp_path, "en.jsonl", rows[0]), write(tmp_path, "de.jsonl", rows[1])
+    with pytest.raises(AddlangError, match=r"has a column 'id', and .* has none \(row 1\)") as caught:
+        made(files)
+    assert "--join" in (caught.value.fix or "")
+
+
+def test_a_later_row_without_an_id_is_named(files: tuple[str, str], tmp_path: Path) -> None:
+    torn = write(tmp_path, "torn.jsonl", [GERMAN[0], {k: v for k, v in GERMAN[1].items() if k != "id"}])
+    with pytest.raises(AddlangError, match=r"torn\.jsonl, row 2: there is no column 'id'"):
+        made((files[0], torn))
 
 
 def test_every_turn_of_a_conversation_is_kept_and_others_do_not_match(tmp_path: Path) -> None:

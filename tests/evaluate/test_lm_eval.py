@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import json
 import logging
 import random
@@ -13,8 +14,9 @@ import torch
 
 from addlang.errors import AddlangError, AddlangWarning
 from addlang.evaluate import lm_eval as harness
+from addlang.evaluate.compare import compare
 from addlang.evaluate.exact_match import Question, exact_match
-from addlang.evaluate.harness_results import items_of, warn_of_empty_replies
+from addlang.evaluate.harness_results import items_of, measurements, warn_of_empty_replies
 from addlang.evaluate.lm_eval import run_tasks
 from addlang.evaluate.measurement import Measurement, NotMeasuredError
 from addlang.evaluate.statistics import paired_difference
@@ -263,6 +265,46 @@ def test_a_list_of_yes_and_no_becomes_a_share_of_its_parts() -> None:
     assert [(i.numerator, i.denominator) for i in items] == [(2, 3), (0, 1)]
     results["results"]["t"]["inst,none"] = 1 / 3  # the mean of shares: not a ratio of sums
     assert items_of(results, "t", "inst", "none", "") is None
+
+
+def scored(metric: str, values: list[Any]) -> Measurement:
+    numbers = [v if isinstance(v, list) else [v] for v in values]
+    mean = sum(map(sum, numbers)) / sum(map(len, numbers))
+    common = {"filter": "none", "metrics": [metric], "resps": [["x"]], "filtered_resps": ["x"], "target": "y"}
+    samples = [{"doc_id": i, "doc_hash": "abcdefgh", metric: v, **common} for i, v in enumerate(values)]
+    results = {
+        "samples": {"t": samples}, "results": {"t": {f"{metric},none": mean}}, "versions": {"t": 1},
+        "higher_is_better": {"t": {metric: True}},
+    }  # fmt: skip
+    return measurements("t", results, ["t"], {}, role="source", language="en")[0]
+
+
+def test_a_unit_is_that_of_the_metric_and_not_of_its_values() -> None:
+    poor, good = scored("bleu_max", [0.0, 0.4, 0.9]), scored("bleu_max", [0.0, 12.4, 3.9])
+    assert poor.unit == good.unit == "bleu_max"
+    assert compare([poor], [good], resamples=50)[0]["after"] == pytest.approx(16.3 / 3)
+    for metric in (
+        "acc",
+        "acc_norm",
+        "exact_match",
+        "prompt_level_strict_acc",
+        "rouge1_acc",
+        "em",
+        "accuracy_amb",
+        "math_verify",
+    ):
+        assert scored(metric, [0.0, 1.0]).unit == "share", metric
+    assert scored("says_yes", [True, False]).unit == scored("says_yes", [[True, False], [True]]).unit == "share"
+    assert [scored(metric, [0, 1]).unit for metric in ("accent", "f1", "score")] == ["accent", "f1", "score"]
+
+
+def test_samples_whose_unit_was_told_by_their_values_are_still_comparable() -> None:
+    poor, good = scored("bleu_max", [0.0, 0.4, 0.9]), scored("bleu_max", [0.0, 12.4, 3.9])
+    stored = dataclasses.replace(poor, unit="share")
+    assert compare([stored], [good], resamples=50)[0]["unit"] == "bleu_max"
+    assert compare([good], [stored], resamples=50)[0]["unit"] == "bleu_max"
+    with pytest.raises(AddlangError, match="unit is 'bits/byte' before and 'bleu_max' after"):
+        compare([dataclasses.replace(poor, unit="bits/byte")], [good])
 
 
 def test_decoding_and_examples_of_a_task_are_those_of_the_recipe(model: Any, tokenizer: Any, folder: Path) -> None:

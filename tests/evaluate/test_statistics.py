@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from addlang.errors import AddlangError
 from addlang.evaluate import statistics
 from addlang.evaluate.measurement import Item, Measurement
 from addlang.evaluate.statistics import (
+    Retention,
     holm,
     interpolate_at,
     mcnemar,
@@ -208,6 +210,34 @@ def test_retention_by_hand() -> None:
     assert r.low is not None
     assert r.high is not None
     assert r.low <= -0.25 <= r.high
+
+
+def test_a_metric_given_twice_is_no_more_evidence() -> None:
+    draw = np.random.default_rng(0)
+    right = draw.random((2, 300)) < 0.6
+    clusters = [str(i // 3) for i in range(300)]
+    before, after = (measured(list(r.astype(float)), clusters=clusters) for r in right)
+    once = retention([(before, after)])
+    twice = retention(
+        [(dataclasses.replace(before, metric=m), dataclasses.replace(after, metric=m)) for m in ("a", "b")]
+    )
+    assert (twice.change, twice.low, twice.high, twice.n) == (once.change, once.low, once.high, 1)
+    apart = [tuple(renamed(m, str(k)) for m in (before, after)) for k in range(2)]
+    independent = retention(apart)  # type: ignore[arg-type]
+    assert independent.n == 2
+    assert width(independent) == pytest.approx(width(once) / 2**0.5, rel=0.1), "other items are more evidence"
+    chrf = [measured([], task="chrf", aggregate=v, aggregate_stderr=2.0, metric=m) for v in (40.0, 30.0) for m in "ab"]
+    assert width(retention([(chrf[0], chrf[2]), (chrf[1], chrf[3])])) == width(retention([(chrf[0], chrf[2])]))
+
+
+def renamed(m: Measurement, name: str) -> Measurement:
+    return dataclasses.replace(m, task=name, items=tuple(dataclasses.replace(i, id=name + i.id) for i in m.items))
+
+
+def width(r: Retention) -> float:
+    assert r.low is not None
+    assert r.high is not None
+    return r.high - r.low
 
 
 def test_retention_needs_something_to_lose() -> None:

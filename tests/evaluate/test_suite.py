@@ -35,6 +35,7 @@ def recipe(tmp_path: Path) -> Evaluation:
 def build(evaluation: Evaluation, tokenizer: Any, base_dir: Path, **changes: Any) -> Suite:
     settings: dict[str, Any] = {
         "heldout_target": HELDOUT,
+        "heldout_chats": (),
         "source_language": "en",
         "target_language": "sw",
         "sequence_length": 64,
@@ -243,6 +244,7 @@ def test_compare_makes_flat_rows_and_says_what_is_missing() -> None:
     with pytest.warns(AddlangWarning, match=r"not compared: b \(accuracy\)"):
         (row,) = compare(before, after, resamples=200)
     assert (row["task"], row["n"], row["p"]) == ("a", 3, 1.0)
+    assert row["items_id"] == before[0].items_id, "metrics of the same items can be told"
     assert row["difference"] == pytest.approx(-1 / 3)
     assert row["relative"] == pytest.approx(-0.5)
     assert row["low"] <= row["difference"] <= row["high"]

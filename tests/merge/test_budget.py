@@ -13,13 +13,16 @@ import torch
 
 from addlang.errors import AddlangError, BudgetError
 from addlang.evaluate.measurement import Item, Measurement, Outcome
+from addlang.evaluate.suite import evaluate_model
 from addlang.merge.bench import Bench
 from addlang.merge.budget import By, Search, find, parts_of
 from addlang.merge.methods import Revert
-from addlang.merge.to_budget import Wanted, revert_to_budget
+from addlang.merge.to_budget import Wanted, revert_to_budget, suite_of
 from addlang.merge.verify import verify_merge
 from addlang.merge.write import merge_models, open_models
 from addlang.models import Checkpoint, load_model
+from addlang.recipe import Recipe
+from addlang.report.verdict import of_text
 from addlang.run import execute
 from tinyrun import World, listing, weights
 
@@ -212,6 +215,19 @@ def test_two_models_without_a_run_need_only_what_is_measured(run: Path, world: W
     wanted = Wanted(language="sw", text=(world.more,), source_text=(world.english,))
     record = revert_to_budget(str(copy), tmp_path / "out", keep=0.97, source=world.model, wanted=wanted, steps=4)
     assert record["budget"]["chosen"]["target_gained"] is not None
+
+
+def test_held_out_conversations_are_measured_by_their_answers(run: Path, world: World, tmp_path: Path) -> None:
+    """As the run itself measures them: without the answers, the gain would be that of the conversations as plain text."""
+    spec = Revert(model=str(run), source_model=world.model)
+    settings = world.data(run, datasets=[{"path": world.chat}], sequence_length=128)
+    evaluation = {**settings["evaluation"], "target_datasets": [{"path": world.chat}]}
+    for changes in ({}, {"evaluation": evaluation}):  # what the run held out, and what it was given
+        suite = suite_of(Recipe.parse({**settings, **changes}), open_models(spec), spec)
+        assert [t.name for t in suite.tasks][-2:] == ["held-out text (sw)", "held-out answers (sw)"]
+        found = evaluate_model(load_model(run), suite)
+        (chosen,) = of_text([m for m in found if m.role == "target"])
+        assert chosen.metric == "answer_bits_per_byte", "so this is what 'target gained' is about"
 
 
 def test_norms_are_those_of_the_update(run: Path, world: World) -> None:

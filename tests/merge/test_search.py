@@ -96,6 +96,16 @@ def test_no_change_on_few_items_does_not_exclude_a_loss() -> None:
     assert smallest_loss([measurement([True, False] * 50)]) > smallest_loss([measurement([True] * 100)])
 
 
+def test_four_metrics_of_the_same_items_exclude_no_more_than_one() -> None:
+    before = [measurement([True, True, False] * 40, metric=m) for m in "abcd"]
+    after = [measurement(([True] * 5 + [False]) * 20, metric=m) for m in "abcd"]
+    assert share_kept(before, after, "all") == share_kept(before[:1], after[:1], "all")
+    assert smallest_loss(before) == pytest.approx(smallest_loss(before[:1]))
+    assert items_to_exclude(before, 0.03) == items_to_exclude(before[:1], 0.03)
+    other = [*before, measurement([True, True, False] * 40, task="other")]
+    assert share_kept(other, other, "all").n == 240
+
+
 def test_the_number_of_items_that_is_named_suffices() -> None:
     need = items_to_exclude([measurement([True, True, True, False] * 5)], 0.03)
     for n, enough in ((need + 4, True), (need - 8, False)):

@@ -22,11 +22,20 @@ from addlang.preflight.conflict import gradient_conflict
 from addlang.preflight.forecast import forecast, shipped
 from addlang.preflight.form import compare_forms, form_of
 from addlang.preflight.probe import Probe
-from addlang.preflight.run import Method, Settings, alternatives, candidate, preflight, prepare_flight
+from addlang.preflight.run import (
+    Method,
+    Settings,
+    alternatives,
+    audit_model,
+    candidate,
+    preflight,
+    prepare_flight,
+    target_text,
+)
 from addlang.preflight.tokens import byte_characters, fit_of
 from addlang.preflight.watch import Reading, Watched, collate, read
 from addlang.report.preflight import preflight_html
-from tinyrun import World, without_weights
+from tinyrun import World, chat_rows, without_weights, write_rows
 
 
 def rows(*sequences: list[int]) -> Watched:
@@ -141,6 +150,27 @@ def test_a_preflight_of_a_tiny_run_measures_every_part_and_changes_nothing(world
     assert {p: p.read_bytes() for p in sorted(Path(world.model).iterdir())} == before
     assert not (tmp_path / "run").exists()
     json.dumps(result, allow_nan=False)
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("given", [False, True])
+def test_held_out_conversations_are_measured_and_watched_by_their_answers(
+    world: World, tmp_path: Path, given: bool
+) -> None:
+    own = write_rows(tmp_path / "own.jsonl", chat_rows(5, 9)) if given else None
+    evaluation = {"holdout": 0.4, "replies": None} | ({"target_datasets": [{"path": own}]} if given else {})
+    changes = {"datasets": [{"path": world.chat}], "sequence_length": 128, "evaluation": evaluation}
+    flight = prepare_flight(world.recipe(tmp_path / "run", **changes), Settings(encoder=None), None)
+    chats = [messages for _, messages in flight.heldout[1]]
+    assert len(chats) == (5 if given else 8)
+    batch = target_text(flight).batches[0]
+    assert len(batch["labels"]) == len(chats)
+    for messages, ids, labels in zip(chats, batch["input_ids"], batch["labels"], strict=True):
+        answer = flight.tokenizer(messages[1]["content"] + "<|end|>", add_special_tokens=False)["input_ids"]
+        assert labels[labels != -100].tolist() == answer, "nothing of the question is watched"
+        assert flight.tokenizer.decode(ids).startswith("<|user|>")
+    scores = audit_model(flight, {})["scores"]
+    assert {"bits_per_byte", "answer_bits_per_byte"} == {r["metric"] for r in scores if r["role"] == "target"}
 
 
 @pytest.mark.usefixtures("offline")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from runs import bits, comparison, many_rows, write_run
 
 from addlang.report import render_table, summary_rows, verdict
 from addlang.report.files import read_run
-from addlang.report.verdict import kept, mean_change
+from addlang.report.tiles import tiles_of
+from addlang.report.verdict import kept, mean_change, source_sentence
 
 NONE: dict[str, Any] = {"low": None, "high": None, "relative_low": None, "relative_high": None, "p": None}
 
@@ -131,6 +133,26 @@ def test_mean_change_combines_half_widths_in_quadrature(tmp_path: Path) -> None:
     assert change.change == pytest.approx(-0.2)
     assert change.low == pytest.approx(-0.2 - 0.05 / 2)  # sqrt(0.03^2 + 0.04^2) / 2
     assert change.high == pytest.approx(-0.2 + 0.05 / 2)
+
+
+@pytest.mark.parametrize("items", ["0123456789abcdef", None])
+def test_metrics_of_the_same_items_do_not_narrow_the_interval(tmp_path: Path, items: str | None) -> None:
+    """Also of a run of an earlier version, whose comparison does not name its items."""
+    same = {"relative": -0.1, "relative_low": -0.13, "relative_high": -0.06}
+    rows: list[dict[str, Any]] = [
+        comparison("ifeval", metric=m, **same, **({"items_id": items} if items else {})) for m in "abcd"
+    ]
+    run = read_run(write_run(tmp_path, rows=rows))
+    change = mean_change(run.comparison or [])
+    assert change is not None
+    assert (change.change, change.low, change.high) == pytest.approx((-0.1, -0.13, -0.06))
+    assert "(mean over 4 results on the same items)" in source_sentence(run)
+    assert tiles_of(run)[0].more.endswith("scores, mean over 4 results on the same items")
+    rows.append(comparison("gsm8k", relative=-0.1, relative_low=-0.16, relative_high=-0.06))
+    both = mean_change(read_run(write_run(tmp_path, rows=rows)).comparison or [])
+    assert both is not None
+    assert both.low == pytest.approx(-0.1 - math.hypot(4 * 0.03, 0.06) / 5)
+    assert "mean over 5 results on 2 sets of items" in source_sentence(read_run(tmp_path))
 
 
 def test_lower_is_better_flips_value_and_interval(tmp_path: Path) -> None:

@@ -64,6 +64,10 @@ def test_a_study_runs_reports_and_continues(world: World, tmp_path: Path, monkey
         (arm, rate, 2) for arm in ("full", "full x 0.5", "SSU", "SSU x 0.5") for rate in (1e-3, 1e-2)
     ]
     rows = {(r["arm"], r["learning_rate"]): r for r in setting["rows"]}
+    for row in rows.values():
+        assert len(row["points"]) == row["seeds"]
+        gained, kept = (sum(values) / row["seeds"] for values in zip(*row["points"], strict=True))
+        assert (gained, kept) == pytest.approx((row["gained"][0], row["kept"][0]))
     assert 0 < rows["full x 0.5", 1e-2]["gained"][0] < rows["full", 1e-2]["gained"][0]
     assert {r["tokens"] <= 512 for r in setting["rows"]} == {True}
     assert all(r["proof_ok"] for r in result["runs"])

@@ -31,6 +31,17 @@ def test_arms_are_compared_at_the_highest_gain_that_both_reach() -> None:
     assert "full" not in rows
 
 
+def test_a_gain_below_the_reference_is_not_called_out_of_its_reach() -> None:
+    curves: dict[str, dict[int, list[tuple[float, float]]]] = {
+        "full": {seed: [(0.3 + 0.01 * seed, -0.05), (0.5, -0.2)] for seed in range(3)},
+        "little": {seed: [(0.1 + 0.01 * seed, -0.01)] for seed in range(3)},
+        "steep": {seed: [(0.6, -0.3), (0.7, -0.4)] for seed in range(3)},
+    }
+    notes = {row["arm"]: row["note"] for row in at_equal_gain(curves, "full")}
+    more = "gains more than this at every learning rate of its front"
+    assert notes == {"little": f"no statement: full {more}", "steep": f"no statement: steep {more}"}
+
+
 def test_an_arm_with_one_learning_rate_is_compared_at_what_each_seed_gained() -> None:
     curves = {
         "full": {seed: [(g, -g) for g in (1.0, 2.0, 3.0)] for seed in range(3)},

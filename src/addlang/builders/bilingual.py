@@ -40,25 +40,24 @@ def read_parallel(
     """The rows of two files that belong together.
 
     Args:
-        join: column whose values belong together; None: ``id`` if both files have it, otherwise the row number. Where only
-            the target's file has ``id`` it is taken for the row number of the pivot's, as 'addlang data translate' writes it.
+        join: column whose values belong together; None: ``id`` if both files have it, the row number if neither has. Where
+            only the target's file has ``id`` it is the row number of the pivot's if 'addlang data translate' wrote it.
         counts: ``joined``; ``unmatched`` rows of the target; ``differing``: other roles than the pivot's; ``blank``;
             ``same``: nothing was translated.
         differing_in: role whose texts must not all be the same in both languages (code, numbers): there is nothing to show.
 
     Raises:
-        AddlangError: a column is missing, a key stands twice, or nothing matches.
+        AddlangError: a column is missing, only one file has ``id``, a key stands twice, or nothing matches.
     """
     left = {}
-    left_has = None
+    left_column, right_column = _columns(pivot, target, join)
     for row, record, format in read_file(pivot, "auto", "text"):
-        left_has = (join or "id") in record if left_has is None else left_has
-        key = _key(record, row, join, left_has, pivot)
+        key = _key(record, row, left_column, pivot)
         if key in left:
             raise AddlangError(f"{pivot}, row {row}: '{key}' stands twice", "give a column with unique values: --join")
         left[key] = (row, record, format)
     for row, record, format in read_file(target, "auto", "text"):
-        key = _key(record, row, join, bool(left_has) or "id" in record, target)
+        key = _key(record, row, right_column, target)
         if key not in left:
             counts["unmatched"] += 1
             continue
@@ -83,15 +82,29 @@ def read_parallel(
         raise AddlangError(f"no row of {target} belongs to one of {pivot}", "name the column that joins them: --join")
 
 
-def _key(record: dict[str, Any], row: int, join: str | None, has_id: bool, file: str) -> str:
-    if join is None and not has_id:
+def _columns(pivot: str, target: str, join: str | None) -> tuple[str | None, str | None]:
+    """The column of each file that joins them, by the files' first rows; None: the row number."""
+    if join is not None:
+        return join, join
+    first, second = (next((record for _, record, _ in read_file(f, "auto", "text")), {}) for f in (pivot, target))
+    if "id" in first and "id" in second:
+        return "id", "id"
+    if "id" not in first and ("id" not in second or "translated_from" in second):
+        return None, "id" if "id" in second else None
+    # ids may count from 0, or rows be left out: numbers of one kind against the other would pair each answer with a wrong one
+    has, lacks = (pivot, target) if "id" in first else (target, pivot)
+    raise AddlangError(
+        f"{has} has a column 'id', and {lacks} has none (row 1): what belongs together is not known",
+        "give both files an 'id' or neither (then the row number joins them), or name a column of both: --join",
+    )
+
+
+def _key(record: dict[str, Any], row: int, column: str | None, file: str) -> str:
+    if column is None:
         return str(row)
-    name = join or "id"
-    if name in record:
-        return str(record[name])
-    if join is None:
-        return str(row)
-    raise AddlangError(f"{file}, row {row}: there is no column '{name}'", f"columns are {', '.join(record)}")
+    if column not in record:
+        raise AddlangError(f"{file}, row {row}: there is no column '{column}'", f"columns are {', '.join(record)}")
+    return str(record[column])
 
 
 def _texts(messages: list[Message], role: str) -> list[str]:

@@ -36,7 +36,9 @@ MaxRatio = Annotated[
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="First pairs only.")]
 Pivot = Annotated[str, typer.Option(help="Language of the first file, ISO 639 code.")]
-Join = Annotated[str | None, typer.Option(help="Column that joins the files. Default: id, or the row number.")]
+Join = Annotated[
+    str | None, typer.Option(help="Column that joins the files. Default: id; the row number if neither has it.")
+]
 Request = Annotated[
     bool, typer.Option("--request/--no-request", help="Say in the prompt in which languages to answer.")
 ]

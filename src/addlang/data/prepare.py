@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -143,7 +143,9 @@ def prepare(
     for number, split in enumerate(splits):
         names = [f"{number}:{i}:{row.line}" for i, row in enumerate(split.heldout)]
         heldout += [(name, row.content) for name, row in zip(names, split.heldout, strict=True)]
-        chats += [(name, row.messages) for name, row in zip(names, split.heldout, strict=True) if row.messages]
+        chats += [
+            (name, row.messages) for name, row in zip(names, split.heldout, strict=True) if has_answer(row.messages)
+        ]
     for number, split in enumerate(splits):
         elsewhere = [row.content for other, s in enumerate(splits) if other != number for row in s.heldout]
         splits[number] = split.excluding(elsewhere) if elsewhere else split
@@ -309,5 +311,10 @@ def labelled_chats(specs: Sequence[DatasetSpec], base_dir: Path | None = None) -
         (f"{n}:{row.line}", row.messages)
         for n, spec in enumerate(specs)
         for row in read_rows(spec, base_dir=base_dir)
-        if row.messages is not None and any(m["role"] == "assistant" for m in row.messages)
+        if has_answer(row.messages)
     ]
+
+
+def has_answer(messages: list[Message] | None) -> TypeGuard[list[Message]]:
+    """Whether a row is a conversation with an answer."""
+    return messages is not None and any(m["role"] == "assistant" for m in messages)

@@ -18,7 +18,8 @@ def compare(
 
     Values, differences and interval ends are in the metric's unit and direction (minus is lower, not worse: see
     ``higher_is_better``); ``relative`` is the difference over the value before. Interval ends, ``p`` and ``relative``
-    are None where the data cannot give them; p values are not corrected for their number, see ``statistics.holm``.
+    are None where the data cannot give them; p values are not corrected for their number, see ``statistics.holm``. Rows with
+    one ``items_id`` are about the same items.
 
     Raises:
         AddlangError: the two were not measured on the same items under the same settings.
@@ -39,7 +40,7 @@ def compare(
                 "role": old.role,
                 "language": old.language,
                 "metric": old.metric,
-                "unit": old.unit,
+                "unit": next((u for u in (old.unit, later[old.key].unit) if u != "share"), "share"),  # see _same_task
                 "higher_is_better": old.higher_is_better,
                 "before": d.before,
                 "after": d.after,
@@ -51,6 +52,7 @@ def compare(
                 "relative_low": d.relative_low,
                 "relative_high": d.relative_high,
                 "n": d.n,
+                "items_id": old.items_id,
                 "method": d.method,
             }
         )

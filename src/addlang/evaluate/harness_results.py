@@ -9,12 +9,16 @@ all its items (a micro average), so that it has one interval.
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from addlang.errors import AddlangWarning
 from addlang.evaluate.measurement import Item, Measurement, Role
+
+# metrics of which 1 is all
+SHARES = re.compile(r"(^|_)(acc|accuracy|em)(_|$)|(^|_)(match|verify|rate)$|^exact_match")
 
 
 def measurements(
@@ -47,7 +51,7 @@ def measurements(
         ]
         if all(part is not None for part in parts):
             items = tuple(item for part in parts if part is not None for item in part)
-            measured.append(Measurement(items=items, unit="share" if _is_share(items) else metric, **common))
+            measured.append(Measurement(items=items, unit=_unit(metric, filter, results, members), **common))
             continue
         for member in members:  # a corpus metric has no value over several corpora
             samples = [s for s in results["samples"][member] if s["filter"] == filter and metric in s]
@@ -118,5 +122,10 @@ def _detail(sample: Mapping[str, Any]) -> dict[str, Any]:
     return detail
 
 
-def _is_share(items: Sequence[Item]) -> bool:
-    return all(0 <= item.numerator <= item.denominator for item in items)
+def _unit(metric: str, filter: str, results: Any, members: Sequence[str]) -> str:
+    """``share`` by the kind of metric, never by its values: a model that scores next to nothing out of 100 looks like a share."""
+    values = [s[metric] for m in members for s in results["samples"][m] if s["filter"] == filter and metric in s]
+    yes_or_no = all(
+        isinstance(v, bool) for value in values for v in (value if isinstance(value, list | tuple) else [value])
+    )
+    return "share" if yes_or_no or SHARES.search(metric) else metric

@@ -8,13 +8,14 @@ paired bootstrap therefore serves every metric.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, overload
 
 from addlang.errors import AddlangError
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 Role = Literal["source", "target", "safety"]
 FORMAT = 1
+T = TypeVar("T")
 
 
 class NotMeasuredError(AddlangError):
@@ -110,6 +112,12 @@ class Measurement:
     def n(self) -> int:
         """Number of items."""
         return len(self.items)
+
+    @cached_property
+    def items_id(self) -> str:
+        """Names the items and their clusters. Metrics with the same one are no independent evidence: see :func:`by_items`."""
+        names = sorted((i.id, *cluster_key(i)) for i in self.items)
+        return hashlib.sha256(repr(names or self.task).encode()).hexdigest()[:16]  # some corpus metrics keep no items
 
     @cached_property
     def value(self) -> float:
@@ -238,3 +246,11 @@ class Outcome(Sequence[Measurement]):
 def cluster_key(item: Item) -> tuple[str, str]:
     """Key of an item's cluster; a cluster named like an item does not collide with it."""
     return ("item", item.id) if item.cluster is None else ("cluster", item.cluster)
+
+
+def by_items(rows: Iterable[T], items_id: Callable[[T], str]) -> list[list[T]]:
+    """Rows about the same items together, in order of the first of each: several metrics of one task, for example."""
+    groups: dict[str, list[T]] = {}
+    for row in rows:
+        groups.setdefault(items_id(row), []).append(row)
+    return list(groups.values())

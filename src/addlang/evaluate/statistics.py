@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from addlang.errors import AddlangError
-from addlang.evaluate.measurement import Measurement, cluster_key
+from addlang.evaluate.measurement import Measurement, by_items, cluster_key
 
 CHUNK = 4_000_000  # resampled indices held at once (8 bytes each)
 
@@ -65,7 +65,10 @@ class TTest:
 
 @dataclass(frozen=True)
 class Retention:
-    """Mean relative change over tasks; minus is a loss whatever the metric's direction. ``by_task`` in task order."""
+    """Mean relative change over tasks; minus is a loss whatever the metric's direction. ``by_task`` in task order.
+
+    ``n`` counts sets of items: several metrics of the same items are one.
+    """
 
     change: float
     low: float | None
@@ -132,46 +135,61 @@ def retention(
 ) -> Retention:
     """Mean over tasks of ``(after - before) / before``, as the papers average, with an interval over items.
 
-    Every task is resampled by itself (paired), so the interval speaks about these tasks on new items, not about other
-    tasks. Metrics where lower is better count with the opposite sign. Corpus metrics are drawn from a normal with their
-    standard error; one without a standard error adds nothing to the width, and ``method`` says so.
+    Every set of items is resampled by itself (paired; all metrics of the same items by one draw, for they err together), so
+    the interval speaks about these tasks on new items, not about other tasks. Metrics where lower is better count with the
+    opposite sign. Corpus metrics are drawn from a normal with their standard error, those of the same items as if they erred
+    alike; one without a standard error adds nothing to the width, and ``method`` says so.
 
     Raises:
         AddlangError: no tasks, a task whose value before is 0, or pairs that do not belong together.
     """
     if not pairs:
         raise AddlangError("retention needs at least one task that was measured before and after")
-    rng = np.random.default_rng(seed)
     by_task: dict[str, float] = {}
-    draws = np.zeros(resamples)
-    unknown: list[str] = []
+    changes = []
     for before, after in pairs:
         _same_task(before, after)
         if before.value == 0:
             raise AddlangError(
                 f"{before.task}: the value before is 0, so a relative change is not defined", "leave this task out"
             )
-        sign = 1.0 if before.higher_is_better else -1.0
+        changes.append(_sign(before) * (after.value - before.value) / before.value)
         name = before.task if before.task not in by_task else f"{before.task} ({before.metric})"
-        by_task[name] = sign * (after.value - before.value) / before.value
-        if before.aggregate is not None:
-            spread = [m.stderr or 0.0 for m in (before, after)]
-            unknown += [before.task] if not all(spread) else []
-            old = rng.normal(before.value, spread[0], resamples)
-            new = rng.normal(after.value, spread[1], resamples)
-        else:
-            sums = _paired_sums(before, after)
-            unknown += [before.task] if len(sums) < 2 else []
-            old, new = _ratios(_resample(sums, resamples, int(rng.integers(2**63))))
-        with np.errstate(divide="ignore", invalid="ignore"):
-            draws += sign * (new - old) / old
+        by_task[name] = changes[-1]
+    rng = np.random.default_rng(seed)
+    draws = np.zeros(resamples)
+    unknown: list[str] = []
+    groups = by_items(pairs, lambda pair: pair[0].items_id)
+    for group in groups:
+        if corpus := [pair for pair in group if pair[0].aggregate is not None]:
+            z = rng.standard_normal((2, resamples))
+            for before, after in corpus:
+                spread = [m.stderr or 0.0 for m in (before, after)]
+                unknown += [before.task] if not all(spread) else []
+                old, new = (m.value + _sign(m) * s * u for m, s, u in zip((before, after), spread, z, strict=True))
+                draws += _relative(before, old, new)
+        if counted := [pair for pair in group if pair[0].aggregate is None]:
+            sums = [_paired_sums(*pair) for pair in counted]
+            unknown += [before.task for before, _ in counted] if len(sums[0]) < 2 else []
+            drawn = _resample(np.hstack(sums), resamples, int(rng.integers(2**63)))
+            for i, (before, _) in enumerate(counted):
+                draws += _relative(before, *_ratios(drawn[:, 4 * i : 4 * i + 4]))
     draws = draws[np.isfinite(draws)] / len(pairs)
     low, high = _quantiles(draws, level) if len(unknown) < len(pairs) and len(draws) else (None, None)
-    method = f"mean of relative changes; paired bootstrap within {len(pairs)} tasks, {resamples} resamples"
+    method = f"mean of relative changes; paired bootstrap within {len(groups)} sets of items, {resamples} resamples"
     if unknown:
         method += f"; without the uncertainty of {', '.join(unknown)}"
-    change = math.fsum(by_task.values()) / len(by_task)
-    return Retention(change, low, high, len(pairs), by_task, method, level)
+    return Retention(math.fsum(changes) / len(changes), low, high, len(groups), by_task, method, level)
+
+
+def _sign(m: Measurement) -> float:
+    return 1.0 if m.higher_is_better else -1.0
+
+
+def _relative(m: Measurement, old: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """Relative changes of resampled values; plus is better."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return _sign(m) * (new - old) / old
 
 
 def mean_relative_change(before: Sequence[float], after: Sequence[float]) -> float:
@@ -270,7 +288,9 @@ def interpolate_at(xs: Sequence[float], ys: Sequence[float], x: float) -> float 
 
 
 def _same_task(before: Measurement, after: Measurement) -> None:
-    for name in ("task", "metric", "version", "unit"):
+    # earlier versions told a metric's unit by its values: "share", or the metric's own name
+    either = {before.unit, after.unit} == {"share", before.metric.partition(" (")[0]}
+    for name in ("task", "metric", "version") if either else ("task", "metric", "version", "unit"):
         old, new = getattr(before, name), getattr(after, name)
         if old != new:
             raise AddlangError(f"{before.task}: {name} is '{old}' before and '{new}' after, so they are not comparable")
@@ -306,7 +326,7 @@ def _paired_sums(before: Measurement, after: Measurement) -> np.ndarray:
 
 
 def _resample(sums: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """(resamples, 4): sums of C rows of ``sums`` (C, 4) drawn with replacement."""
+    """(resamples, k): sums of C rows of ``sums`` (C, k) drawn with replacement."""
     rng = np.random.default_rng(seed)
     c = len(sums)
     parts = []

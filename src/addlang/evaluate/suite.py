@@ -56,8 +56,8 @@ def build_suite(
     source_language: str,
     target_language: str,
     sequence_length: int,
+    heldout_chats: Sequence[tuple[str, list[dict[str, str]]]],
     base_dir: Path | None = None,
-    heldout_chats: Sequence[tuple[str, list[dict[str, str]]]] = (),
 ) -> Suite:
     """Collect what a recipe asks for.
 
@@ -71,8 +71,8 @@ def build_suite(
         heldout_target: (id, text) that no model of the run was trained on.
         source_language, target_language: ISO 639 codes.
         sequence_length: window for bits per byte, in tokens.
-        base_dir: directory against which the recipe's relative paths are resolved.
         heldout_chats: (id, messages) of what in ``heldout_target`` are conversations; their answers are measured too.
+        base_dir: directory against which the recipe's relative paths are resolved.
 
     Raises:
         AddlangError: text, prompts or task files that cannot be read.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from addlang.errors import AddlangError, BudgetError
 from addlang.evaluate.measurement import Measurement
-from addlang.merge.kept import Items, Kept, items_for, items_to_exclude, share_kept, watched
+from addlang.merge.kept import Items, Kept, items_for, items_in, items_to_exclude, share_kept, watched
 from addlang.merge.methods import Revert, RevertParameters
 from addlang.merge.search import Family, confirmed, family_of, grid, ladder, largest
 from addlang.report.verdict import abilities, of_text
@@ -127,7 +127,7 @@ class Search:
             need = halves * items_to_exclude(self.before, 1 - self.keep)
             half = "" if halves == 1 else " (half of them choose, half confirm)"
             raise AddlangError(
-                f"{sum(m.n for m in self.before)} items{half} cannot show that {self.keep:g} is kept: even if not one of {smallest.n} "
+                f"{items_in(self.before)} items{half} cannot show that {self.keep:g} is kept: even if not one of {smallest.n} "
                 f"changed, a loss of {1 - smallest.low:.1%} would not be excluded",
                 f"evaluate on at least {need:,} items (more where some change), or lower --keep",
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from addlang.merge.kept import items_in
 from addlang.report import numbers
 from addlang.report.card import escape
 
@@ -28,7 +29,7 @@ def summary(result: Result, search: Search) -> dict[str, Any]:
         "keep": search.keep,
         "by": search.by,
         "watched": [f"{m.task} ({m.metric})" for m in search.before],
-        "items": sum(m.n for m in search.before),
+        "items": items_in(search.before),
         "chosen": _point(result.chosen),
         "parameters": parameters,
         "share_of_update": round(result.share, 4),

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from addlang.errors import AddlangError
-from addlang.evaluate.measurement import Measurement, cluster_key
+from addlang.evaluate.measurement import Measurement, by_items, cluster_key
 from addlang.evaluate.statistics import retention
 from addlang.report.verdict import abilities, of_text
 
@@ -19,7 +19,8 @@ Items = Literal["all", "choose", "confirm"]  # the latter two are the halves
 
 @dataclass(frozen=True)
 class Kept:
-    """Mean over tasks of after / before (1 + the mean relative change; 1: nothing was lost), on ``n`` items.
+    """Mean over tasks of after / before (1 + the mean relative change; 1: nothing was lost), on ``n`` items (each once,
+    however many metrics are about it).
 
     ``low`` is the lower end of the 95 % interval.
     """
@@ -96,25 +97,36 @@ def share_kept(
         raise AddlangError("one item is no basis for an interval", "evaluate on more items (--limit)")
     floor = smallest_loss([b for b, _ in pairs], level)
     low = 1 + min(result.low, -floor)
-    return Kept(1 + result.change, low, 1 + result.high, sum(b.n for b, _ in pairs))
+    return Kept(1 + result.change, low, 1 + result.high, items_in([b for b, _ in pairs]))
+
+
+def items_in(measurements: Sequence[Measurement]) -> int:
+    """Number of items; several metrics of the same ones count once."""
+    return sum(group[0].n for group in by_items(measurements, lambda m: m.items_id))
 
 
 def smallest_loss(before: Sequence[Measurement], level: float = 0.95) -> float:
     """The smallest mean relative loss that these items can exclude: where none of n right-or-wrong items changed, up to
-    ``1 - alpha^(1/n)`` of all such items may (the exact binomial bound). 0 for graded metrics.
+    ``1 - alpha^(1/n)`` of all such items may (the exact binomial bound). 0 for graded metrics. Metrics of the same items
+    would lose together, so theirs add up; those of different items add in quadrature.
     """
     alpha = (1 - level) / 2
-    losses = [(1 - alpha ** (1 / m.n)) / m.value if _is_binary(m) else 0.0 for m in before]
-    return math.sqrt(math.fsum(x * x for x in losses)) / len(losses)
+    groups = by_items((m for m in before if _is_binary(m)), lambda m: m.items_id)
+    losses = [math.fsum((1 - alpha ** (1 / m.n)) / m.value for m in group) for group in groups]
+    return math.hypot(*losses) / len(before)
 
 
 def items_to_exclude(before: Sequence[Measurement], loss: float, level: float = 0.95) -> int:
     """Items of each right-or-wrong task that could exclude a mean relative loss of that size if none changed."""
     alpha = (1 - level) / 2
-    binary = [m for m in before if _is_binary(m)]
-    # each task may contribute loss * k / sqrt(b) to the mean over k tasks, b of them right-or-wrong
-    part = loss * len(before) / math.sqrt(len(binary))
-    return max(math.ceil(math.log(alpha) / math.log1p(-min(0.999, part * m.value))) for m in binary)
+    groups = by_items((m for m in before if _is_binary(m)), lambda m: m.items_id)
+    # of a sum over k metrics each of g sets of right-or-wrong items may contribute loss * k / sqrt(g), shared by its metrics
+    part = loss * len(before) / math.sqrt(len(groups))
+    return max(
+        math.ceil(math.log(alpha) / math.log1p(-min(0.999, part * m.value / len(group))))
+        for group in groups
+        for m in group
+    )
 
 
 def items_for(kept: Kept, keep: float) -> int | None:

@@ -129,19 +129,21 @@ def evaluation_of(model: str, source: str, wanted: Wanted) -> Recipe:
 
 
 def suite_of(recipe: Recipe, models: Models, spec: Revert) -> Suite:
-    """The tasks of a search, on the held-out text that the run itself was measured on."""
-    from addlang.data.prepare import labelled_texts, measured_phase, prepare
+    """The tasks of a search, on the held-out text and conversations that the run itself was measured on."""
+    from addlang.data.prepare import labelled_chats, labelled_texts, measured_phase, prepare
     from addlang.evaluate.suite import build_suite
     from addlang.evaluation import context_length
     from addlang.models import load_tokenizer
 
     directory = models[spec.model].directory
     tokenizer = load_tokenizer(directory)
-    heldout = labelled_texts(recipe.evaluation.target_datasets)
+    given = recipe.evaluation.target_datasets
+    heldout, chats = labelled_texts(given), labelled_chats(given)
     is_run = recipe_of_run(directory) is not None
     if not heldout and is_run:
         try:
-            heldout = list(prepare(recipe, measured_phase(recipe), tokenizer).heldout)
+            data = prepare(recipe, measured_phase(recipe), tokenizer)
+            heldout, chats = list(data.heldout), list(data.heldout_chats)
         except AddlangError as error:
             raise AddlangError(
                 f"the text that this run held out cannot be read again: {error.message}",
@@ -156,4 +158,5 @@ def suite_of(recipe: Recipe, models: Models, spec: Revert) -> Suite:
         target_language=recipe.language,
         sequence_length=window
         or (measured_phase(recipe).sequence_length if is_run else min(512, context_length(directory))),
+        heldout_chats=chats,
     )

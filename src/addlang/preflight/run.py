@@ -14,6 +14,7 @@ from addlang.errors import AddlangError, AddlangWarning
 if TYPE_CHECKING:
     import torch
 
+    from addlang.data.chat import Message
     from addlang.data.prepare import PhaseData
     from addlang.evaluate.measurement import Outcome
     from addlang.preflight.advice import Candidate
@@ -87,6 +88,15 @@ class Preflight:
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.source, trust_remote_code=False))
         model.tie_weights()
         return sum(p.numel() for p in model.parameters())
+
+    @functools.cached_property
+    def heldout(self) -> tuple[list[tuple[str, str]], list[tuple[str, list[Message]]]]:
+        """(id, text) of held-out target documents, and (id, messages) of those that are conversations, as a run measures them."""
+        from addlang.data.prepare import labelled_chats, labelled_texts
+
+        if specs := self.recipe.evaluation.target_datasets:
+            return labelled_texts(specs, self.base_dir), labelled_chats(specs, self.base_dir)
+        return list(self.data.heldout), list(self.data.heldout_chats)
 
     def require_weights(self, copies: int = 1) -> None:
         """Make sure that the model can be loaded here.
@@ -214,7 +224,7 @@ def audit_model(flight: Preflight, _so_far: dict[str, Any]) -> dict[str, Any]:
     from addlang.preflight.tokens import fit_of
 
     recipe = flight.recipe
-    heldout = labelled_texts(recipe.evaluation.target_datasets, flight.base_dir) or list(flight.data.heldout)
+    heldout, chats = flight.heldout
     english = labelled_texts(recipe.evaluation.source_datasets, flight.base_dir) or builtin_texts()
     out: dict[str, Any] = {"parameters": flight.parameters, "scores": [], "not_run": []}
     out["tokenizer"] = {
@@ -222,7 +232,7 @@ def audit_model(flight: Preflight, _so_far: dict[str, Any]) -> dict[str, Any]:
         "source": fit_of(flight.tokenizer, [t for _, t in english[:AUDIT_TEXTS]]).describe(),
     }
     try:
-        outcome = scores(flight, heldout)
+        outcome = scores(flight, heldout, chats)
     except AddlangError as error:
         flight.notes.append(f"Scores: not measured. {error.message}" + (f" ({error.fix})" if error.fix else ""))
         return out
@@ -230,7 +240,9 @@ def audit_model(flight: Preflight, _so_far: dict[str, Any]) -> dict[str, Any]:
     return {**out, "scores": rows, "not_run": [list(n) for n in outcome.not_run]}
 
 
-def scores(flight: Preflight, heldout: Sequence[tuple[str, str]]) -> Outcome:
+def scores(
+    flight: Preflight, heldout: Sequence[tuple[str, str]], chats: Sequence[tuple[str, list[Message]]]
+) -> Outcome:
     """The recipe's evaluation of the source model."""
     from addlang.data.prepare import cache_root
     from addlang.evaluate.suite import build_suite, cached_evaluate
@@ -244,6 +256,7 @@ def scores(flight: Preflight, heldout: Sequence[tuple[str, str]]) -> Outcome:
         source_language=recipe.source_language,
         target_language=recipe.language,
         sequence_length=recipe.evaluation.sequence_length or flight.phase.sequence_length,
+        heldout_chats=chats,
         base_dir=flight.base_dir,
     )
     model = flight.load()
@@ -450,17 +463,22 @@ def described_part(part: Any) -> str:
 
 
 def target_text(flight: Preflight) -> Watched:
-    """Held-out target text, to see what a probe gains."""
-    from addlang.data.prepare import labelled_texts
+    """Held-out target text, to see what a probe gains: all of it, or the answers where it is conversations."""
+    from addlang.data.chat import encode_conversation
     from addlang.preflight.watch import Watched, collate
 
-    specs = flight.recipe.evaluation.target_datasets
-    texts = labelled_texts(specs, flight.base_dir) if specs else list(flight.data.heldout)
+    texts, chats = flight.heldout
+    conversations = dict(chats) if getattr(flight.tokenizer, "chat_template", None) else {}
+    length = flight.phase.sequence_length
     rows = []
-    for _, text in texts[:TARGET_TEXTS]:
-        ids = list(flight.tokenizer(text, verbose=False)["input_ids"])[: flight.phase.sequence_length]
-        if len(ids) > 1:
-            rows.append((ids, [1] * len(ids)))
+    for name, text in texts[:TARGET_TEXTS]:
+        if name in conversations:
+            ids, loss = encode_conversation(conversations[name], flight.tokenizer, loss_on="responses")
+        else:
+            ids = list(flight.tokenizer(text, verbose=False)["input_ids"])
+            loss = [1] * len(ids)
+        if any(loss[1:length]):
+            rows.append((ids[:length], loss[:length]))
     if not rows:
         raise AddlangError("there is no held-out target text", "give evaluation.target_datasets, or more text")
     return Watched(tuple(collate(rows[i : i + 32]) for i in range(0, len(rows), 32)), f"held-out text ({len(rows)})")

@@ -41,6 +41,7 @@ class Comparison:
     relative_high: float | None = None
     n: int = 0
     method: str = ""
+    items_id: str = ""  # empty in runs of earlier versions
 
     def improvement(self) -> tuple[float, float | None, float | None]:
         """Difference and its interval in the metric's unit, with the sign that plus is better."""

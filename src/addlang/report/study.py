@@ -181,7 +181,8 @@ def _lead(s: Mapping[str, Any]) -> str:
     bars = (
         "One seed each, no intervals."
         if seeds == {1}
-        else "Crosses are 95 % t intervals over seeds, small dots single seeds."
+        else "Crosses are 95 % t intervals over seeds"
+        + (", small dots single seeds." if any("points" in r for r in s["rows"]) else ".")  # not in older results.json
     )
     if len(s["rows"]) > MANY:
         bars += " Named are the front and the reference; small grey marks are the other arms."
@@ -195,7 +196,8 @@ def _figure(data: Mapping[str, Any], s: Mapping[str, Any]) -> Any:
     for r in s["rows"]:
         label = r["arm"] if r["learning_rate"] is None else f"{r['arm']} {numbers.scientific(r['learning_rate'])}"
         faint = len(s["rows"]) > MANY and not r["on_front"] and r["arm"] != data["reference"]
-        arms.append(Arm(label, _times(r["gained"], x_factor), _times(r["kept"], y_factor), (), r["on_front"], faint))
+        seeds = tuple((x_factor * x, y_factor * y) for x, y in r.get("points", ()))
+        arms.append(Arm(label, _times(r["gained"], x_factor), _times(r["kept"], y_factor), seeds, r["on_front"], faint))
     points = " (points)"
     return front_figure(
         arms,
@@ -224,14 +226,18 @@ def _verdict(data: Mapping[str, Any]) -> str:
         names = dict.fromkeys(r["arm"] for r in s["rows"] if r["on_front"])
         where = ", ".join(s["setting"].values())
         parts.append((f"{where}: o" if where else "O") + f"n the front: {', '.join(names)}.")
-        worse = [r["arm"] for r in s["equal_gain"] if (r.get("p_holm") or 1) < 0.05 and r["difference"][0] < 0]
-        better = [r["arm"] for r in s["equal_gain"] if (r.get("p_holm") or 1) < 0.05 and r["difference"][0] > 0]
+        shown = [r for r in s["equal_gain"] if r.get("p_holm") is not None and r["p_holm"] < 0.05]
+        worse = [r["arm"] for r in shown if r["difference"][0] < 0]
+        better = [r["arm"] for r in shown if r["difference"][0] > 0]
         if better:
             parts.append(f"Better than {data['reference']} at equal gain (Holm, p < 0.05): {', '.join(better)}.")
         if worse:
             parts.append(f"Worse: {', '.join(worse)}.")
         if not any("p" in r for r in s["equal_gain"]):
-            parts.append("One seed: nothing is tested.")
+            if max(r["seeds"] for r in s["rows"]) == 1:
+                parts.append("One seed: nothing is tested.")
+            else:
+                parts.append(f"No arm could be tested against {data['reference']} at equal gain.")
         elif not better and not worse:
             parts.append(f"At equal gain no difference from {data['reference']} is shown.")
     return " ".join(parts)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from addlang.report import numbers
 from addlang.report.files import RunData
-from addlang.report.verdict import BITS, Change, gained, kept, proof_totals
+from addlang.report.verdict import BITS, Change, averaged, gained, kept, proof_totals
 
 _STATES = {
     "better": ("good", "▲ better; the interval excludes zero"),
@@ -71,7 +71,7 @@ def _bits(change: Change) -> tuple[str, str]:
 def _what(change: Change) -> str:
     if len(change.tasks) == 1:
         return f"{numbers.metric_name(change.tasks[0].metric)} ({change.tasks[0].task})"
-    return f"scores, mean over {len(change.tasks)} tasks"
+    return f"scores, {averaged(change.tasks)}"
 
 
 def _proof(run: RunData) -> Tile:

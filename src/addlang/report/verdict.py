@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
+from addlang.evaluate.measurement import by_items
 from addlang.report import numbers
 from addlang.report.files import Comparison, RunData, read_run
 from addlang.report.phases import stopped_sentence
@@ -21,7 +22,8 @@ ROLES = ("source", "target", "safety")  # in the order in which they are shown
 class Change:
     """Mean relative change over tasks; plus is better whatever the metric's direction.
 
-    The interval adds the tasks' own half-widths in quadrature: they have different items, so they are independent.
+    The interval adds half-widths in quadrature where items are different, so that they are independent, and linearly where
+    several metrics are about the same items: as if these erred alike, which is never too narrow.
     """
 
     change: float
@@ -53,9 +55,23 @@ def mean_change(rows: Sequence[Comparison]) -> Change | None:
     up = [None if r[2] is None else r[2] - r[0] for _, r in pairs]
     low = high = None
     if None not in down and None not in up:
-        low = mean - math.sqrt(math.fsum(d * d for d in down if d is not None)) / k
-        high = mean + math.sqrt(math.fsum(u * u for u in up if u is not None)) / k
+        groups = by_items(range(k), lambda i: _items_of(pairs[i][0]))
+        low = mean - math.hypot(*(math.fsum(down[i] or 0.0 for i in group) for group in groups)) / k
+        high = mean + math.hypot(*(math.fsum(up[i] or 0.0 for i in group) for group in groups)) / k
     return Change(mean, low, high, tuple(row for row, _ in pairs))
+
+
+def _items_of(row: Comparison) -> str:
+    """What the items of a row are called; runs of earlier versions do not say, and the metrics of one task share them."""
+    return row.items_id or row.task
+
+
+def averaged(rows: Sequence[Comparison]) -> str:
+    """``mean over 3 tasks``; scores of the same items are not called tasks."""
+    sets = len(by_items(rows, _items_of))
+    if sets == len(rows):
+        return f"mean over {len(rows)} tasks"
+    return f"mean over {len(rows)} results on " + ("the same items" if sets == 1 else f"{sets} sets of items")
 
 
 def rows_of(run: RunData, role: str) -> list[Comparison]:
@@ -248,7 +264,7 @@ def _over(rows: Sequence[Comparison]) -> str:
         return f"{numbers.metric_name(rows[0].metric)} ({rows[0].task})"
     metrics = {numbers.metric_name(r.metric) for r in rows}
     what = metrics.pop() if len(metrics) == 1 else "scores"
-    return f"{what} (mean over {len(rows)} tasks)"
+    return f"{what} ({averaged(rows)})"
 
 
 def _reason(run: RunData, role: str) -> str:

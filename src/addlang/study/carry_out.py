@@ -164,6 +164,7 @@ def tabulate(study: Study, found: Mapping[Cell, Mapping[str, Any]]) -> dict[str,
                     "arm": arm,
                     "learning_rate": rate,
                     "seeds": len(members),
+                    "points": [points[c] for c in members],  # (gained, kept) of every seed
                     "gained": interval([points[c][0] for c in members]),
                     "kept": interval([points[c][1] for c in members]),
                     "after": {

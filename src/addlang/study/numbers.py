@@ -114,7 +114,8 @@ def at_equal_gain(curves: Mapping[str, Mapping[int, Sequence[Point]]], reference
         rows.append(row)
         own, other = ([_read(side[s], g) for s, g in zip(seeds, gains, strict=True)] for side in (by, base))
         if None in own or None in other:
-            row["note"] = _out_of_range(arm, reference, own)
+            above = any(g > max(x for x, _ in base[s]) for s, g in zip(seeds, gains, strict=True))
+            row["note"] = _out_of_range(arm, reference, None in own, above)
             continue
         mine, theirs = ([v for v in side if v is not None] for side in (own, other))
         row |= {"kept": interval(mine), "reference_kept": interval(theirs)}
@@ -130,10 +131,11 @@ def at_equal_gain(curves: Mapping[str, Mapping[int, Sequence[Point]]], reference
     return rows
 
 
-def _out_of_range(arm: str, reference: str, own: Sequence[float | None]) -> str:
-    if None in own:
-        return f"no statement: {arm} gains more than this at every learning rate"
-    return f"no statement: {reference} does not gain this with every seed at any of its learning rates"
+def _out_of_range(arm: str, reference: str, below_own: bool, above_reference: bool) -> str:
+    """Why a gain is off a front. It is never above the arm's own, but below or above the reference's."""
+    if above_reference:
+        return f"no statement: {reference} does not gain this with every seed at any of its learning rates"
+    return f"no statement: {arm if below_own else reference} gains more than this at every learning rate of its front"
 
 
 def _shared(
