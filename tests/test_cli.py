@@ -302,6 +302,17 @@ def test_plan_refuses_what_a_run_on_as_many_devices_would(addlang: Addlang, reci
     assert refused.code == 1
     assert "sharding: none on 2 process(es)" in refused.err
     assert addlang("plan", recipe, "--gpu", 0).code == 2
+    cases: dict[str, list[object]] = {
+        "lisa puts parameters to sleep": ["--strategy", "lisa"],
+        "gmt chooses within whole tensors": ["--strategy", "gmt"],
+        "adapters are not sharded": ["--strategy", "lora"],
+        "resident split layers cannot be sharded": ["--execution", "split_resident"],
+    }
+    for message, settings in cases.items():
+        refused = addlang("plan", recipe, "--devices", 2, *settings)
+        assert refused.code == 1
+        assert message in refused.err
+    assert addlang("plan", recipe, "--devices", 2, "--sharding", "ddp", "--execution", "split_resident").code == 0
     spread, copied = (
         addlang("plan", recipe, "--devices", 2, "--sharding", how, "--json").json["phases"][0]["memory"]
         for how in ("fsdp", "ddp")

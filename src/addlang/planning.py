@@ -37,7 +37,7 @@ def plan_run(
     from addlang.train.optimizers import warmup
     from addlang.train.probe import seconds_per_step
     from addlang.train.schedule import micro_batch
-    from addlang.train.shard import World, sharding_of
+    from addlang.train.shard import World, check_sharding
 
     source = resolve(recipe.model_name_or_path, recipe.revision)
     tokenizer = load_tokenizer(source, recipe.template_path(base_dir))
@@ -50,7 +50,7 @@ def plan_run(
     kinds = parameter_kinds(model)
     phases = []
     for phase in recipe.phases:
-        sharding = sharding_of(phase, World(size=devices))
+        sharding = check_sharding(phase, World(size=devices))
         plan: FreezePlan = phase.strategy.outline(model)
         data = prepare(recipe, phase, tokenizer, base_dir=base_dir)
         micro = micro_batch(phase, data.batch_size, device.type, devices)

@@ -10,7 +10,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -128,6 +128,13 @@ class Strategy(BaseModel):
         from addlang.freeze.execution import check_execution
 
         check_execution(model, plan, execution)
+
+    def check_sharding(self, sharding: Literal["none", "ddp", "fsdp"]) -> None:
+        """Whether the method can be trained on one process (``none``), on replicas, or on shards.
+
+        Raises:
+            AddlangError: it cannot; the reason is named.
+        """
 
     def attach(self, model: nn.Module, plan: FreezePlan, execution: str, *, masters: bool = True) -> Attached:
         """Realise the plan on the model, before sharding and before the optimizer is built."""

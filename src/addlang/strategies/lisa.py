@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from addlang.strategies.costs import Cost
 
 PERIOD = "lisa/period"
+ONE_PROCESS = (
+    "lisa puts parameters to sleep, which neither DDP nor FSDP allows while they train",
+    "train lisa in one process, or use strategy: ssu",
+)
 
 
 class LISA(Strategy):
@@ -46,6 +50,10 @@ class LISA(Strategy):
                 f"lower it to {depth(kinds)} or less",
             )
         return self.finish(model, inputs, freeze_whole(model, kinds, set()))
+
+    def check_sharding(self, sharding: Literal["none", "ddp", "fsdp"]) -> None:
+        if sharding != "none":
+            raise AddlangError(*ONE_PROCESS)
 
     def attach(self, model: nn.Module, plan: FreezePlan, execution: str, *, masters: bool = True) -> Attached:
         from addlang.strategies._layers import depth, inside
@@ -109,10 +117,7 @@ class Sleeping(Around):
         import torch
 
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            raise AddlangError(
-                "lisa puts parameters to sleep, which neither DDP nor FSDP allows while they train",
-                "train lisa in one process, or use strategy: ssu",
-            )
+            raise AddlangError(*ONE_PROCESS)
         super().bind(optimizer, steps)
         self.optimizer = optimizer
 
