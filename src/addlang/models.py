@@ -328,7 +328,7 @@ def parameter_kinds(model: Any) -> dict[str, ParamInfo]:
         owner, _, leaf = name.rpartition(".")
         module = modules[owner]
         parts = owner.split(".")
-        layer = next((int(x) for x in parts if x.isdigit()), None)
+        layer = layer_number(name)
         group = parts[-1] if parts[-1] else leaf
         if name == embedding:
             kind: ParamKind = "embedding"
@@ -345,6 +345,11 @@ def parameter_kinds(model: Any) -> dict[str, ParamInfo]:
             )
         kinds[name] = ParamInfo(kind, owner, group, layer)
     return kinds
+
+
+def layer_number(parameter: str) -> int | None:
+    """Index of the decoder layer that a parameter belongs to, from its name; None outside the layers."""
+    return next((int(part) for part in parameter.split(".") if part.isdigit()), None)
 
 
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))

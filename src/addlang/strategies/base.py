@@ -119,6 +119,10 @@ class Strategy(BaseModel):
         """What training keeps in memory: which of the model's own elements it trains, and how many elements besides."""
         return plan, 0
 
+    def asleep(self, plan: FreezePlan) -> int:
+        """Elements that are trained, but not now: their masters are in memory, their gradients and optimizer state are not."""
+        return 0
+
     def check_execution(self, model: nn.Module, plan: FreezePlan, execution: str) -> None:
         """Whether the plan can be obeyed as asked; the model may be on the meta device, the plan an outline.
 

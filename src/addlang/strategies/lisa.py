@@ -64,6 +64,15 @@ class LISA(Strategy):
         seed = int(plan.provenance.get("seed", 0))
         return Sleeping(inner, layer_of, depth(kinds), self.active_layers, self.interval, seed)
 
+    def asleep(self, plan: FreezePlan) -> int:
+        from addlang.models import layer_number
+
+        layers: dict[int, int] = {}
+        for name, entry in plan.entries.items():
+            if (layer := layer_number(name)) is not None:
+                layers[layer] = layers.get(layer, 0) + entry.numel
+        return sum(sorted(layers.values())[: -self.active_layers])
+
     def cost(self, model: nn.Module) -> Cost:
         from addlang.freeze.plan import FreezePlan, Frozen
         from addlang.strategies._layers import depth, inside
