@@ -297,6 +297,13 @@ def test_plan_tells_adapters_from_weights_of_the_models_own(addlang: Addlang, re
     assert phase["trainable"] != sum(g["elements"] - g["frozen"] for g in phase["groups"])
 
 
+def test_plan_tells_the_tokens_that_a_strategy_reads_beforehand(addlang: Addlang, recipe: Path) -> None:
+    notes = addlang("plan", recipe, "--json", "--strategy", "lota", "--strategy.warmup_steps", 5).json["phases"][0][
+        "notes"
+    ]
+    assert any(n.startswith("5 more steps on the first 640 tokens") for n in notes)  # of 4 sequences of 32 tokens
+
+
 def test_plan_refuses_what_a_run_on_as_many_devices_would(addlang: Addlang, recipe: Path) -> None:
     refused = addlang("plan", recipe, "--devices", 2, "--sharding", "none")
     assert refused.code == 1

@@ -317,6 +317,8 @@ def test_a_warmup_longer_than_the_data_is_refused_before_anything_is_measured(
     monkeypatch.setattr("addlang.run.evaluate", lambda *_: pytest.fail("the model was measured first"))
     with pytest.raises(AddlangError, match=r"warmup_steps 1000 leaves none of the 12 steps(.|\n)*lower warmup_steps"):
         execute(world.recipe(tmp_path / "out", warmup_steps=1000))
+    with pytest.raises(AddlangError, match=r"lota warms up for 100 steps, but phase 'adapt' has data for 12 only"):
+        execute(world.recipe(tmp_path / "other", strategy="lota"))
 
 
 class Leader(Processes):

@@ -329,7 +329,7 @@ def prepare_data(
     """
     from addlang.data.prepare import prepare
     from addlang.progress import note, progress
-    from addlang.train.optimizers import warmup
+    from addlang.train.optimizers import check_steps
 
     rows = 0
     with progress(f"reading data of {phase.name}", unit="rows") as bar:
@@ -341,7 +341,7 @@ def prepare_data(
 
         data = prepare(recipe, phase, tokenizer, base_dir=base_dir, progress=count, exclude=exclude)
     if data.pool is None:  # otherwise there are more steps to come
-        warmup(phase, data.sequences // data.batch_size)
+        check_steps(phase, data.sequences // data.batch_size)
     known = run.state.get("data", {}).get(phase.name)
     if run.done("evaluate:before") and known is not None and known["identity"] != data.card["identity"]:
         raise AddlangError(

@@ -76,6 +76,11 @@ class Strategy(BaseModel):
     needs_start: ClassVar[bool] = False
     example: ClassVar[Mapping[str, Any]] = {}
 
+    @property
+    def steps_before(self) -> int:
+        """Optimizer steps that are made while planning, on the phase's first batches; they count in no budget."""
+        return 0
+
     train_embeddings: bool = Field(True, description="train the input embedding")
     train_lm_head: bool = Field(True, description="train the output head (same tensor as the embedding when tied)")
     freeze_special_tokens: bool = Field(False, description="keep the special tokens' rows of embedding and head")
