@@ -39,6 +39,8 @@ class AdapterStrategy(Strategy):
     The freeze plan says what may differ in the merged checkpoint: the targeted matrices, embedding and head.
     """
 
+    own_weights = False
+
     alpha: float = Field(32, gt=0, description="the update is scaled by alpha / rank")
     dropout: float = Field(0.05, ge=0, lt=1, description="of the adapters' inputs")
     target_modules: Annotated[tuple[str, ...], BeforeValidator(_listed)] = Field(

@@ -64,6 +64,7 @@ class Strategy(BaseModel):
         dynamic: what moves is chosen anew during training, so the plan names only what can never move.
         needs_start: training reads the weights that the phase starts from, besides the model's own (not planning: that is
             over before training begins).
+        own_weights: what is trained are the model's own weights, which have a value in the source.
         example: options of a typical use, for strategies that have no default for something.
     """
 
@@ -74,6 +75,7 @@ class Strategy(BaseModel):
     summary: ClassVar[str] = ""
     dynamic: ClassVar[bool] = False
     needs_start: ClassVar[bool] = False
+    own_weights: ClassVar[bool] = True
     example: ClassVar[Mapping[str, Any]] = {}
 
     @property
