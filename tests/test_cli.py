@@ -297,11 +297,29 @@ def test_plan_tells_adapters_from_weights_of_the_models_own(addlang: Addlang, re
     assert phase["trainable"] != sum(g["elements"] - g["frozen"] for g in phase["groups"])
 
 
+def test_plan_tells_the_tokens_that_a_strategy_reads_beforehand(addlang: Addlang, recipe: Path) -> None:
+    notes = addlang("plan", recipe, "--json", "--strategy", "lota", "--strategy.warmup_steps", 5).json["phases"][0][
+        "notes"
+    ]
+    assert any(n.startswith("5 more steps on the first 640 tokens") for n in notes)  # of 4 sequences of 32 tokens
+
+
 def test_plan_refuses_what_a_run_on_as_many_devices_would(addlang: Addlang, recipe: Path) -> None:
     refused = addlang("plan", recipe, "--devices", 2, "--sharding", "none")
     assert refused.code == 1
     assert "sharding: none on 2 process(es)" in refused.err
     assert addlang("plan", recipe, "--gpu", 0).code == 2
+    cases: dict[str, list[object]] = {
+        "lisa puts parameters to sleep": ["--strategy", "lisa"],
+        "gmt chooses within whole tensors": ["--strategy", "gmt"],
+        "adapters are not sharded": ["--strategy", "lora"],
+        "resident split layers cannot be sharded": ["--execution", "split_resident"],
+    }
+    for message, settings in cases.items():
+        refused = addlang("plan", recipe, "--devices", 2, *settings)
+        assert refused.code == 1
+        assert message in refused.err
+    assert addlang("plan", recipe, "--devices", 2, "--sharding", "ddp", "--execution", "split_resident").code == 0
     spread, copied = (
         addlang("plan", recipe, "--devices", 2, "--sharding", how, "--json").json["phases"][0]["memory"]
         for how in ("fsdp", "ddp")

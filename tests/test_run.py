@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +27,7 @@ from addlang.recipe import Phase, Recipe
 from addlang.run import execute
 from addlang.rundir import RunDir, read_state
 from addlang.train import loop
+from addlang.train.shard import World as Processes
 from addlang.verify import verify_run
 from tinyrun import (
     Killed,
@@ -314,6 +317,58 @@ def test_a_warmup_longer_than_the_data_is_refused_before_anything_is_measured(
     monkeypatch.setattr("addlang.run.evaluate", lambda *_: pytest.fail("the model was measured first"))
     with pytest.raises(AddlangError, match=r"warmup_steps 1000 leaves none of the 12 steps(.|\n)*lower warmup_steps"):
         execute(world.recipe(tmp_path / "out", warmup_steps=1000))
+    with pytest.raises(AddlangError, match=r"lota warms up for 100 steps, but phase 'adapt' has data for 12 only"):
+        execute(world.recipe(tmp_path / "other", strategy="lota"))
+
+
+class Leader(Processes):
+    """The first of several processes, which waits for none."""
+
+    def agree(self, value: Any) -> Any:
+        return value
+
+
+@pytest.fixture
+def two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("addlang.run.join_world", lambda _: contextlib.nullcontext(Leader(0, 2)))
+
+
+@pytest.mark.usefixtures("two_processes")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"strategy": "lisa"}, "lisa puts parameters to sleep"),
+        ({"strategy": "gmt"}, "gmt chooses within whole tensors"),
+        ({"strategy": "lora"}, "adapters are not sharded"),
+        ({"execution": "split_resident"}, "resident split layers cannot be sharded"),
+    ],
+    ids=["lisa", "gmt", "adapters", "resident"],
+)
+def test_what_several_processes_cannot_train_is_refused_before_anything_is_written(
+    settings: dict[str, Any], message: str, world: World, tmp_path: Path
+) -> None:
+    with pytest.raises(AddlangError, match=message):
+        execute(world.recipe(tmp_path / "out", **settings))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("two_processes")
+def test_a_batch_that_the_processes_cannot_divide_as_asked_is_refused_before_anything_is_measured(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("addlang.run.evaluate", lambda *_: pytest.fail("the model was measured first"))
+    with pytest.raises(AddlangError, match=r"batch_size 6 over 2 devices, 3 each, is not divisible by gradient_acc"):
+        execute(world.recipe(tmp_path / "out", batch_size=6, gradient_accumulation_steps=2))
+
+
+def test_an_architecture_that_liger_does_not_know_is_refused_before_the_data_are_read(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    liger = SimpleNamespace(monkey_patch=SimpleNamespace(MODEL_TYPE_TO_APPLY_LIGER_FN={"olmo2": None}))
+    monkeypatch.setattr("addlang.models.import_liger", lambda: liger)
+    monkeypatch.setattr("addlang.run.prepare_data", lambda *_: pytest.fail("the data were read first"))
+    with pytest.raises(AddlangError, match=r"liger-kernel does not know 'llama' models"):
+        execute(world.recipe(tmp_path / "out", use_liger_kernel=True))
 
 
 def test_no_chat_template_is_an_error_before_weights_are_loaded(world: World, tmp_path: Path) -> None:

@@ -271,7 +271,7 @@ def strategies(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """List the methods, each with its paper, and the guards that combine with any of them."""
+    """List the methods, each with its paper, and the guards that combine with them."""
     from addlang import guards
     from addlang.strategies import available, load_strategy
 

@@ -250,15 +250,28 @@ def apply_liger(model: Any) -> None:
     """
     liger = import_liger()
     kind = model.config.model_type
-    if kind not in liger.monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:
-        raise AddlangError(
-            f"use_liger_kernel: liger-kernel does not know '{kind}' models", "leave use_liger_kernel out"
-        )
+    check_liger(kind)
     liger._apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False, cross_entropy=False)
     if kind in ("olmo2", "olmo3"):  # liger-kernel forgets their norms of queries and keys
         for layer in model.base_model.layers:
             for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm):
                 liger.monkey_patch._patch_rms_norm_module(norm, in_place=False)
+
+
+def check_liger(kind: str) -> None:
+    """Whether liger-kernel knows an architecture, as far as that can be asked here: a plan is also made for other machines.
+
+    Raises:
+        AddlangError: it does not.
+    """
+    try:
+        known = import_liger().monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN
+    except AddlangError:
+        return
+    if kind not in known:
+        raise AddlangError(
+            f"use_liger_kernel: liger-kernel does not know '{kind}' models", "leave use_liger_kernel out"
+        )
 
 
 def import_liger() -> Any:
@@ -315,7 +328,7 @@ def parameter_kinds(model: Any) -> dict[str, ParamInfo]:
         owner, _, leaf = name.rpartition(".")
         module = modules[owner]
         parts = owner.split(".")
-        layer = next((int(x) for x in parts if x.isdigit()), None)
+        layer = layer_number(name)
         group = parts[-1] if parts[-1] else leaf
         if name == embedding:
             kind: ParamKind = "embedding"
@@ -332,6 +345,11 @@ def parameter_kinds(model: Any) -> dict[str, ParamInfo]:
             )
         kinds[name] = ParamInfo(kind, owner, group, layer)
     return kinds
+
+
+def layer_number(parameter: str) -> int | None:
+    """Index of the decoder layer that a parameter belongs to, from its name; None outside the layers."""
+    return next((int(part) for part in parameter.split(".") if part.isdigit()), None)
 
 
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))

@@ -34,10 +34,10 @@ def plan_run(
     from addlang.run import check_model, describe, prepare_device
     from addlang.train.loop import compute_dtype
     from addlang.train.memory import GIB, USABLE, estimate, form_of, optimizer_bytes
-    from addlang.train.optimizers import warmup
+    from addlang.train.optimizers import check_steps
     from addlang.train.probe import seconds_per_step
     from addlang.train.schedule import micro_batch
-    from addlang.train.shard import World, sharding_of
+    from addlang.train.shard import World, check_sharding
 
     source = resolve(recipe.model_name_or_path, recipe.revision)
     tokenizer = load_tokenizer(source, recipe.template_path(base_dir))
@@ -50,7 +50,7 @@ def plan_run(
     kinds = parameter_kinds(model)
     phases = []
     for phase in recipe.phases:
-        sharding = sharding_of(phase, World(size=devices))
+        sharding = check_sharding(phase, World(size=devices))
         plan: FreezePlan = phase.strategy.outline(model)
         data = prepare(recipe, phase, tokenizer, base_dir=base_dir)
         micro = micro_batch(phase, data.batch_size, device.type, devices)
@@ -80,7 +80,12 @@ def plan_run(
             longer = 1 + data.pool.replay.share if data.pool.replay.mode == "append" else 1.0
             steps, tokens = math.ceil(steps * longer), round(tokens * longer)
             notes.append(f"{data.pool.replay.share:.0%} replay is still to be written by the model before this phase")
-        warmup(phase, steps)
+        if before := phase.strategy.steps_before:
+            notes.append(
+                f"{before} more steps on the first {before * data.batch_size * phase.sequence_length:,} tokens decide beforehand what is "
+                "trained; they do not count towards the budget"
+            )
+        check_steps(phase, steps)
         master = 4 if phase.master_weights == "fp32" else stored.itemsize
         memory = estimate(config, kept, phase, micro=micro, **about)
         seconds = None

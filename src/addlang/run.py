@@ -19,7 +19,7 @@ from addlang.errors import AddlangError, AddlangWarning, PreemptedError, ProofEr
 from addlang.progress import set_quiet
 from addlang.recipe import Phase, Recipe
 from addlang.rundir import FollowedRun, RunDir
-from addlang.train.shard import ALONE, World, join_world, sharding_of
+from addlang.train.shard import ALONE, World, check_sharding, join_world, sharding_of
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +41,7 @@ def execute(recipe: Recipe, *, overwrite: bool = False, base_dir: Path | None = 
     """
     check_requirements(recipe)
     with join_world(recipe.device) as world:
-        world.first(lambda: [sharding_of(phase, world) for phase in recipe.phases])
+        world.first(lambda: [check_sharding(phase, world) for phase in recipe.phases])
         run = world.first(lambda: RunDir.open(recipe, overwrite=overwrite)) or FollowedRun(recipe)
         if not world.leads:
             set_quiet(True)
@@ -69,6 +69,7 @@ def carry_out(run: RunDir, world: World, base_dir: Path | None) -> None:
     from addlang.data.prepare import measured_phase
     from addlang.models import load_tokenizer, resolve
     from addlang.phases import check_conditions, check_promises, decide, end_early
+    from addlang.train.schedule import micro_batch
 
     recipe = run.recipe
     device = prepare_device(recipe)
@@ -83,6 +84,7 @@ def carry_out(run: RunDir, world: World, base_dir: Path | None) -> None:
         exclude = [text for _, text in data[measured.name].heldout] if data else []
         read = functools.partial(prepare_data, recipe, phase, tokenizer, device, base_dir, run, exclude)
         data[phase.name] = world.in_turn(read)
+    world.first(lambda: [micro_batch(p, data[p.name].batch_size, device.type, world.size) for p in recipe.phases])
     world.first(lambda: check_promises(run, base_dir))
 
     def measure(label: str, directory: Path, share: float = 1.0) -> None:
@@ -327,7 +329,7 @@ def prepare_data(
     """
     from addlang.data.prepare import prepare
     from addlang.progress import note, progress
-    from addlang.train.optimizers import warmup
+    from addlang.train.optimizers import check_steps
 
     rows = 0
     with progress(f"reading data of {phase.name}", unit="rows") as bar:
@@ -339,7 +341,7 @@ def prepare_data(
 
         data = prepare(recipe, phase, tokenizer, base_dir=base_dir, progress=count, exclude=exclude)
     if data.pool is None:  # otherwise there are more steps to come
-        warmup(phase, data.sequences // data.batch_size)
+        check_steps(phase, data.sequences // data.batch_size)
     known = run.state.get("data", {}).get(phase.name)
     if run.done("evaluate:before") and known is not None and known["identity"] != data.card["identity"]:
         raise AddlangError(
@@ -468,7 +470,7 @@ def check_model(recipe: Recipe, source: Path, tokenizer: Any, *, weights: bool =
     from addlang.data.chat import require_chat_template
     from addlang.evaluation import context_length
     from addlang.guards.sampling import turn_frame
-    from addlang.models import Checkpoint, skeleton
+    from addlang.models import Checkpoint, check_liger, skeleton
     from addlang.train.optimizers import check_types
 
     stored = Checkpoint(source).dtype if weights else None  # complete and whole, as its headers say
@@ -487,6 +489,8 @@ def check_model(recipe: Recipe, source: Path, tokenizer: Any, *, weights: bool =
             )
         if stored is not None:
             check_types(phase, stored)
+        if phase.use_liger_kernel:
+            check_liger(skeleton(source).config.model_type)
         if phase.execution != "auto":
             model = skeleton(source)
             phase.strategy.check_execution(model, phase.strategy.outline(model), phase.execution)

@@ -357,7 +357,8 @@ class Phase(TrainSettings):
         description="name, or mapping with name and options"
     )
     guards: Annotated[tuple[SerializeAsAny[Any], ...], BeforeValidator(_guards)] = Field(
-        (), description="terms added to the loss: self_anchor and others; combine with any strategy"
+        (),
+        description="terms added to the loss: self_anchor and others; combine with any strategy, ewc and l2sp not with adapters",
     )
     execution: Literal["auto", "masked", "split", "split_assemble", "split_resident"] = "auto"
     calibration: Calibration = Calibration()
@@ -398,6 +399,12 @@ class Phase(TrainSettings):
             name = min(twice)
             raise ValueError(
                 f"strategy '{self.strategy.name}' brings the guard {name} along; give its options there, or take strategy: full"
+            )
+        if pulling := [g.name for g in self.all_guards if g.pulls_weights and not self.strategy.own_weights]:
+            raise ValueError(
+                f"the guard {pulling[0]} pulls every trained weight to its value in the source, but what strategy "
+                f"'{self.strategy.name}' trains beside the model's weights has none there: it would be pulled to where it happened to "
+                "start; take the guard kl or self_anchor, which hold to the source's outputs, or strategy: full"
             )
         if self.read_by_guards >= 0.9:
             who = ", ".join(f"{g.name} {g.token_share:.0%}" for g in self.all_guards if g.token_share)

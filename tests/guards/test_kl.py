@@ -18,6 +18,7 @@ from addlang.models import Checkpoint
 from addlang.run import execute
 from addlang.strategies import PlanInputs, make_strategy
 from tinyrun import World
+from training import phase
 
 
 class Given:
@@ -80,6 +81,23 @@ def test_a_guard_on_top_of_a_freeze_plan_keeps_the_proof_and_shares_the_budget(w
     assert rows[-1]["guards"] > 0
     a, b = Checkpoint(plain), Checkpoint(guarded)
     assert any(bool((bits(a.get(n)) != bits(b.get(n))).any()) for n in a.names())
+
+
+@pytest.mark.parametrize("strategy", ["lora", "dora", "adalora"])
+def test_a_pull_to_the_sources_weights_is_refused_for_adapters_and_one_to_its_outputs_is_not(strategy: str) -> None:
+    for guard in ("ewc", "l2sp"):
+        with pytest.raises(
+            ValueError, match=rf"the guard {guard} pulls.*'{strategy}'.*take the guard kl or self_anchor"
+        ):
+            phase(strategy=strategy, guards=["kl", guard])
+        assert phase(strategy="lisa", guards=[guard]).all_guards[0].name == guard
+    names = [g.name for g in phase(strategy=strategy, guards=["kl", "self_anchor"]).all_guards]
+    assert names == ["kl", "self_anchor"]
+
+
+def test_a_recipe_tells_why_adapters_cannot_be_pulled_to_the_source(world: World, tmp_path: Path) -> None:
+    with pytest.raises(AddlangError, match=r"l2sp pulls every trained weight to its value in the source"):
+        world.recipe(tmp_path / "out", strategy="lora", guards=["l2sp"])
 
 
 def test_unknown_guards_and_options_name_the_nearest() -> None:

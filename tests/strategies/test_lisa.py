@@ -14,6 +14,8 @@ from addlang.errors import AddlangError
 from addlang.guards import make_guard
 from addlang.strategies import PlanInputs, make_strategy
 from addlang.strategies.lisa import draw
+from addlang.train.memory import estimate
+from training import phase
 
 
 def attach(model: Any, **options: Any) -> Any:
@@ -96,6 +98,30 @@ def test_a_checkpoint_remembers_who_is_awake() -> None:
     b.load_state_dict({n: t.clone() for n, t in a.state_dict().items()})
     assert a.awake == b.awake == draw(5, 7, 5, 2)
     assert [p.requires_grad for _, p in a.named_trainable()] == [p.requires_grad for _, p in b.named_trainable()]
+
+
+def test_the_memory_estimate_is_of_the_layers_that_are_awake_and_of_all_masters() -> None:
+    model = make_model("llama", num_hidden_layers=5).to(torch.bfloat16)
+    plan = make_strategy("lisa", {"active_layers": 2}).outline(model)
+    settings: dict[str, Any] = {"micro": 1, "stored_bytes": 2, "compute_bytes": 2, "form": "masked"}
+    found = estimate(model.config, plan, phase(strategy={"name": "lisa", "active_layers": 2}), **settings)
+    attached = attach(model, active_layers=2, interval=1)
+    size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors if t is not None and t.dim())  # noqa: E731
+    ids = torch.arange(6, 26).view(1, -1)
+    optimizer = steps(attached, 1, 1)
+    for step in (2, 3, 4):
+        steps(attached, step, step, optimizer)
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        state = [t for s in optimizer.state.values() for t in s.values()]
+        assert size(p.grad for p in model.parameters()) == found["gradients"]
+        assert size(state) == found["optimizer"]
+        assert size(model.parameters()) == found["trained_weights"]
+        optimizer.zero_grad()
+    full = estimate(model.config, plan, phase(strategy="full"), **settings)
+    assert found["gradients"] < full["gradients"]
+    assert found["optimizer"] < full["optimizer"]
+    assert found["trained_weights"] == full["trained_weights"]
 
 
 def test_more_active_layers_than_layers_is_an_error() -> None:

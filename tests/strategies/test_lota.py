@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -129,3 +130,98 @@ def test_a_failed_warm_up_leaves_the_source_untouched() -> None:
         make_strategy("lota", {}).plan(model, inputs(steps=2))
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
     assert not model.training
+
+
+def masks(strategy: Any, **settings: Any) -> Any:
+    plan = strategy.plan(make_model("llama"), inputs(**settings))
+    return {n: plan[n].mask() for n in plan if n.endswith("proj.weight")}
+
+
+@pytest.fixture
+def _uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchao compiles its step, which takes minutes here."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+
+
+@pytest.mark.usefixtures("_uncompiled")
+def test_the_warm_up_rounds_stochastically_where_the_phase_does() -> None:
+    """Rounding to nearest loses nearly all updates of 5e-5 in bf16, and the mask would be drawn at random."""
+    pytest.importorskip("torchao")
+    strategy = make_strategy("lota", {"sparsity": 0.9, "warmup_steps": 5, "warmup_learning_rate": 5e-5})
+    model = make_model("llama").to(torch.bfloat16)
+    before = torch.get_rng_state()
+    plans = []
+    for seed in (0, 0, 1):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", AddlangWarning)  # "weights to train moved"
+            plans.append(strategy.plan(model, inputs(seed, optimizer="adamw_bf16_sr", master_weights="model")))
+    assert torch.equal(before, torch.get_rng_state())
+    equal = [all(torch.equal(plans[0][n].mask(), other[n].mask()) for n in plans[0]) for other in plans[1:]]
+    assert equal == [True, False]
+
+
+@pytest.mark.usefixtures("_uncompiled")
+def test_the_warm_up_has_the_phases_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchao")
+    from addlang.train import optimizers
+
+    used: list[Any] = []
+    build = optimizers.build_optimizer
+    monkeypatch.setattr(optimizers, "build_optimizer", lambda *a: used.append(build(*a)) or used[-1])
+    masks(make_strategy("lota", {"warmup_steps": 1}), optimizer="adamw_8bit", adam_beta2=0.95)
+    assert used[0].quantised
+    assert used[0].param_groups[0]["betas"] == (0.9, 0.95)
+    assert any(s for s in used[0].state.values())
+
+
+def test_embedding_and_head_have_their_own_rate_in_the_warm_up_in_the_phases_proportion(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from addlang.train import optimizers
+
+    rates: list[list[float]] = []
+    build = optimizers.build_optimizer
+
+    def spy(*a: Any) -> Any:
+        optimizer = build(*a)
+        rates.append([g["lr"] for g in optimizer.param_groups])
+        return optimizer
+
+    monkeypatch.setattr(optimizers, "build_optimizer", spy)
+    plain = masks(make_strategy("lota", {"warmup_steps": 3}))
+    own = masks(make_strategy("lota", {"warmup_steps": 3}), embedding_learning_rate=1e-1)
+    assert any(not torch.equal(plain[n], own[n]) for n in plain)
+    masks(make_strategy("lota", {"warmup_steps": 1, "warmup_learning_rate": 1e-4}), embedding_learning_rate=1e-1)
+    assert rates == [[1e-3, 1e-3], [1e-3, 1e-3, 1e-1], [1e-4, 1e-4, pytest.approx(1e-2)]]
+
+
+def test_the_warm_up_recomputes_activations_where_the_phase_does_and_stops_when_it_is_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from addlang.train import loss
+
+    on: list[bool] = []
+    original = loss.token_loss
+
+    def spy(model: Any, batch: Any) -> Any:
+        on.append(any(getattr(m, "gradient_checkpointing", False) for m in model.modules()))
+        return original(model, batch)
+
+    monkeypatch.setattr(loss, "token_loss", spy)
+    strategy = make_strategy("lota", {"warmup_steps": 2})
+    without = masks(strategy)
+    assert not any(on)
+    on.clear()
+    model = make_model("llama")
+    plan = strategy.plan(model, inputs(activation_checkpointing=True))
+    assert len(on) == 4
+    assert all(on)
+    assert not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    assert all(torch.equal(plan[n].mask(), without[n]) for n in without)
+
+
+def test_the_tokens_of_the_warm_up_are_told() -> None:
+    plan = make_strategy("lota", {"warmup_steps": 3}).plan(make_model("llama"), inputs())
+    assert (
+        plan.provenance["warmup_tokens"] == 3 * 2 * 15
+    )  # two micro-batches of one sequence of 16, of which 15 are labels

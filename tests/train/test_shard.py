@@ -22,7 +22,7 @@ from addlang.errors import AddlangError, PreemptedError
 from addlang.freeze.plan import FreezePlan
 from addlang.freeze.proof import bits
 from addlang.guards import ActiveGuard, make_guard
-from addlang.train.shard import ALONE, World, join_world, sharding_of
+from addlang.train.shard import ALONE, World, check_sharding, join_world, sharding_of
 from training import Data, Killed, attach, make_exact, phase, run, weights
 
 STEPS = 4
@@ -197,8 +197,17 @@ def test_two_replicas_equal_one_process(tmp_path: Path) -> None:
             {"sharding": "ddp", "strategy": "full"},
             {"sharding": "ddp", "execution": "masked", "guards": ["pull"]},
             {"sharding": "ddp", "execution": "split", "activation_checkpointing": True, "guards": ["ewc", "l2sp"]},
+            {"sharding": "ddp", "execution": "split_resident"},
+            {"sharding": "ddp", "strategy": "gmt"},
         ],
     )
+
+
+@pytest.mark.slow
+def test_two_replicas_train_the_adapters_that_one_process_trains(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    about = {"sharding": "ddp", "execution": "auto", "options": {"dropout": 0.0}}
+    equal_to_one(tmp_path, 2, [{**about, "strategy": name} for name in ("lora", "dora", "adalora")])
 
 
 @pytest.mark.slow
@@ -275,6 +284,34 @@ def test_sharding_must_fit_the_number_of_processes() -> None:
         sharding_of(phase(sharding="fsdp"), ALONE)
     with pytest.raises(AddlangError, match="sharding: none on 2 process"):
         sharding_of(phase(sharding="none"), World(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("settings", "refused", "message"),
+    [
+        (
+            {"strategy": "lisa"},
+            {"ddp", "fsdp"},
+            r"lisa puts parameters to sleep(.|\n)*one process, or use strategy: ssu",
+        ),
+        ({"strategy": "gmt"}, {"fsdp"}, r"gmt chooses within whole tensors(.|\n)*sharding: ddp"),
+        ({"strategy": "lora"}, {"fsdp"}, r"adapters are not sharded(.|\n)*sharding: ddp"),
+        ({"strategy": "dora"}, {"fsdp"}, r"adapters are not sharded"),
+        ({"strategy": "adalora"}, {"fsdp"}, r"adapters are not sharded"),
+        ({"execution": "split_resident"}, {"fsdp"}, r"resident split layers cannot be sharded(.|\n)*split_assemble"),
+        ({}, set(), ""),
+        ({"strategy": {"name": "lota"}, "execution": "masked"}, set(), ""),
+    ],
+)
+def test_what_cannot_be_spread_is_refused_by_name_and_nothing_else(
+    settings: dict[str, Any], refused: set[str], message: str
+) -> None:
+    for sharding, world in (("none", ALONE), ("ddp", World(0, 2)), ("fsdp", World(0, 2))):
+        if sharding in refused:
+            with pytest.raises(AddlangError, match=message):
+                check_sharding(phase(sharding=sharding, **settings), world)
+        else:
+            assert check_sharding(phase(sharding=sharding, **settings), world) == sharding
 
 
 def test_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

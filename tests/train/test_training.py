@@ -97,6 +97,32 @@ def test_only_save_total_limit_checkpoints_are_kept(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-7", "checkpoint-8"]
 
 
+@pytest.mark.parametrize("limit", [1, 2])
+def test_torn_checkpoints_do_not_take_the_places_of_whole_ones(limit: int, tmp_path: Path) -> None:
+    def sitting(killed_after: int) -> None:
+        def kill(first: int) -> None:
+            if first == killed_after * 4:
+                raise Killed
+
+        with pytest.raises(Killed):
+            run(tmp_path / "torn", data=Data(kill), save_steps=1, save_total_limit=limit)
+
+    want = weights(run(tmp_path / "whole"))
+    sitting(6)
+    kept = sorted((tmp_path / "torn").glob("checkpoint-*"))
+    assert [p.name for p in kept] == ["checkpoint-5", "checkpoint-6"][-limit:]
+    for path in kept:
+        file = path / "trained.safetensors"
+        file.write_bytes(file.read_bytes()[:-50])
+    with pytest.warns(AddlangWarning, match=r"checkpoint-\d is torn"):
+        sitting(3)
+    found = checkpoint.newest(tmp_path / "torn")
+    assert found is not None
+    assert found.name == "checkpoint-3"
+    got = weights(run(tmp_path / "torn", save_steps=1, save_total_limit=limit))
+    assert all(torch.equal(want[n], got[n]) for n in want)
+
+
 def test_accumulation_equals_one_large_batch_although_label_counts_differ(tmp_path: Path) -> None:
     a = weights(run(tmp_path / "a", attach(dtype=torch.float64), micro=4))
     b = weights(run(tmp_path / "b", attach(dtype=torch.float64), micro=1))

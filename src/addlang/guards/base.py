@@ -90,13 +90,18 @@ def compact(values: torch.Tensor) -> torch.Tensor:
 
 
 class Guard(BaseModel):
-    """Base of every guard."""
+    """Base of every guard.
+
+    Attributes:
+        pulls_weights: it holds each trained element near its value in the source, so these must be the model's own weights.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     summary: ClassVar[str] = ""
+    pulls_weights: ClassVar[bool] = False
 
     @property
     def token_share(self) -> float:

@@ -33,6 +33,7 @@ class EWC(Guard):
     name = "ewc"
     paper = "Overcoming catastrophic forgetting in neural networks (Kirkpatrick et al., 2017; arXiv 1612.00796)"
     summary = "pull every trained weight towards its source value, by its Fisher information"
+    pulls_weights = True
 
     weight: float = Field(100.0, gt=0, description="lambda: the gradient is lambda times F times the distance")
     per: Literal["token", "conversation"] = Field(

@@ -22,6 +22,7 @@ class L2SP(Guard):
         "Explicit Inductive Bias for Transfer Learning with Convolutional Networks (Li et al., 2018; arXiv 1802.01483)"
     )
     summary = "pull every trained weight towards its source value"
+    pulls_weights = True
 
     weight: float = Field(0.01, gt=0, description="lambda: the gradient is lambda times the distance from the source")
 

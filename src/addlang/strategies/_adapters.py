@@ -7,7 +7,7 @@ tied head from its embedding without a word, and holds both twice.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from addlang.strategies.costs import Cost
 
 ADAPTER = "default"
+NOT_SHARDED = (
+    "adapters are not sharded: they and their optimizer state are small",
+    "use DDP (sharding: ddp), or strategy: ssu with FSDP",
+)
 
 
 def _listed(value: Any) -> Any:
@@ -34,6 +38,8 @@ class AdapterStrategy(Strategy):
 
     The freeze plan says what may differ in the merged checkpoint: the targeted matrices, embedding and head.
     """
+
+    own_weights = False
 
     alpha: float = Field(32, gt=0, description="the update is scaled by alpha / rank")
     dropout: float = Field(0.05, ge=0, lt=1, description="of the adapters' inputs")
@@ -89,6 +95,10 @@ class AdapterStrategy(Strategy):
                 f"strategy '{self.name}' trains adapters beside frozen matrices: there is no execution to choose",
                 "leave execution out",
             )
+
+    def check_sharding(self, sharding: Literal["none", "ddp", "fsdp"]) -> None:
+        if sharding == "fsdp":
+            raise AddlangError(*NOT_SHARDED)
 
     def attach(self, model: nn.Module, plan: FreezePlan, execution: str, *, masters: bool = True) -> Attached:
         self.check_execution(model, plan, execution)
@@ -177,10 +187,7 @@ class AdapterAttached(Attached):
         import torch
 
         if any(isinstance(p, torch.distributed.tensor.DTensor) for _, p in self.named_trainable()):
-            raise AddlangError(
-                "adapters are not sharded: they and their optimizer state are small",
-                "use DDP (sharding: ddp), or strategy: ssu with FSDP",
-            )
+            raise AddlangError(*NOT_SHARDED)
 
     def before_clip(self, step: int) -> None:
         self._outside.before_clip(step)

@@ -10,7 +10,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -64,6 +64,7 @@ class Strategy(BaseModel):
         dynamic: what moves is chosen anew during training, so the plan names only what can never move.
         needs_start: training reads the weights that the phase starts from, besides the model's own (not planning: that is
             over before training begins).
+        own_weights: what is trained are the model's own weights, which have a value in the source.
         example: options of a typical use, for strategies that have no default for something.
     """
 
@@ -74,7 +75,13 @@ class Strategy(BaseModel):
     summary: ClassVar[str] = ""
     dynamic: ClassVar[bool] = False
     needs_start: ClassVar[bool] = False
+    own_weights: ClassVar[bool] = True
     example: ClassVar[Mapping[str, Any]] = {}
+
+    @property
+    def steps_before(self) -> int:
+        """Optimizer steps that are made while planning, on the phase's first batches; they count in no budget."""
+        return 0
 
     train_embeddings: bool = Field(True, description="train the input embedding")
     train_lm_head: bool = Field(True, description="train the output head (same tensor as the embedding when tied)")
@@ -119,6 +126,10 @@ class Strategy(BaseModel):
         """What training keeps in memory: which of the model's own elements it trains, and how many elements besides."""
         return plan, 0
 
+    def asleep(self, plan: FreezePlan) -> int:
+        """Elements that are trained, but not now: their masters are in memory, their gradients and optimizer state are not."""
+        return 0
+
     def check_execution(self, model: nn.Module, plan: FreezePlan, execution: str) -> None:
         """Whether the plan can be obeyed as asked; the model may be on the meta device, the plan an outline.
 
@@ -128,6 +139,13 @@ class Strategy(BaseModel):
         from addlang.freeze.execution import check_execution
 
         check_execution(model, plan, execution)
+
+    def check_sharding(self, sharding: Literal["none", "ddp", "fsdp"]) -> None:
+        """Whether the method can be trained on one process (``none``), on replicas, or on shards.
+
+        Raises:
+            AddlangError: it cannot; the reason is named.
+        """
 
     def attach(self, model: nn.Module, plan: FreezePlan, execution: str, *, masters: bool = True) -> Attached:
         """Realise the plan on the model, before sharding and before the optimizer is built."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from addlang.errors import AddlangError
 from addlang.strategies.base import Around, Attached, PlanInputs, Strategy
 
 if TYPE_CHECKING:
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 
     from addlang.freeze.plan import FreezePlan
     from addlang.strategies.costs import Cost
+
+ELSEWHERE = "train gmt in one process or with DDP (sharding: ddp), or use strategy: ssu"
 
 
 class GMT(Strategy):
@@ -37,6 +40,10 @@ class GMT(Strategy):
         from addlang.strategies._layers import freeze_whole, inside
 
         return self.finish(model, inputs, freeze_whole(model, inside(model), set()))
+
+    def check_sharding(self, sharding: Literal["none", "ddp", "fsdp"]) -> None:
+        if sharding == "fsdp":
+            raise AddlangError("gmt chooses within whole tensors, and FSDP cuts them", ELSEWHERE)
 
     def attach(self, model: nn.Module, plan: FreezePlan, execution: str, *, masters: bool = True) -> Attached:
         from addlang.strategies._layers import inside
@@ -73,13 +80,8 @@ def drop_smallest(gradient: Tensor, ratio: float, name: str = "gradient") -> Non
     """
     import torch
 
-    from addlang.errors import AddlangError
-
     if hasattr(gradient, "full_tensor"):
-        raise AddlangError(
-            f"gmt chooses within whole tensors, but '{name}' is sharded",
-            "train gmt on one device, or use strategy: ssu",
-        )
+        raise AddlangError(f"gmt chooses within whole tensors, but '{name}' is sharded", ELSEWHERE)
     flat = gradient.view(-1) if gradient.is_contiguous() else gradient.reshape(-1)
     dropped = int(flat.numel() * ratio)
     if dropped == 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from addlang.strategies.costs import Cost
 
 PERIOD = "lisa/period"
+ONE_PROCESS = (
+    "lisa puts parameters to sleep, which neither DDP nor FSDP allows while they train",
+    "train lisa in one process, or use strategy: ssu",
+)
 
 
 class LISA(Strategy):
@@ -47,6 +51,10 @@ class LISA(Strategy):
             )
         return self.finish(model, inputs, freeze_whole(model, kinds, set()))
 
+    def check_sharding(self, sharding: Literal["none", "ddp", "fsdp"]) -> None:
+        if sharding != "none":
+            raise AddlangError(*ONE_PROCESS)
+
     def attach(self, model: nn.Module, plan: FreezePlan, execution: str, *, masters: bool = True) -> Attached:
         from addlang.strategies._layers import depth, inside
 
@@ -55,6 +63,15 @@ class LISA(Strategy):
         layer_of = {n: i.layer for n, i in kinds.items() if i.layer is not None}
         seed = int(plan.provenance.get("seed", 0))
         return Sleeping(inner, layer_of, depth(kinds), self.active_layers, self.interval, seed)
+
+    def asleep(self, plan: FreezePlan) -> int:
+        from addlang.models import layer_number
+
+        layers: dict[int, int] = {}
+        for name, entry in plan.entries.items():
+            if (layer := layer_number(name)) is not None:
+                layers[layer] = layers.get(layer, 0) + entry.numel
+        return sum(sorted(layers.values())[: -self.active_layers])
 
     def cost(self, model: nn.Module) -> Cost:
         from addlang.freeze.plan import FreezePlan, Frozen
@@ -109,10 +126,7 @@ class Sleeping(Around):
         import torch
 
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            raise AddlangError(
-                "lisa puts parameters to sleep, which neither DDP nor FSDP allows while they train",
-                "train lisa in one process, or use strategy: ssu",
-            )
+            raise AddlangError(*ONE_PROCESS)
         super().bind(optimizer, steps)
         self.optimizer = optimizer
 

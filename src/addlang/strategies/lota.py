@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 class LoTA(Strategy):
     """Mask calibration, mask extraction, sparse adaptation (section 3 of the paper).
 
-    The warm-up is full fine-tuning from the source with the phase's own optimizer, at its peak learning rate, on the first
-    batches of its data. The delta to the source decides by one exact global top-k over the attention and MLP weights;
-    then every weight goes back to the source, bit for bit.
+    The warm-up is full fine-tuning from the source with the phase's own optimizer, at its peak learning rates, on the first
+    batches of its data; only their schedule, compiled layers and liger-kernel are left out. The delta to the source decides by
+    one exact global top-k over the attention and MLP weights; then every weight goes back to the source, bit for bit.
     """
 
     name = "lota"
@@ -34,13 +34,21 @@ class LoTA(Strategy):
 
     sparsity: float = Field(0.9, gt=0, lt=1, description="share of the attention and MLP weights that is frozen")
     warmup_steps: int = Field(100, gt=0, description="optimizer steps that decide the mask (Table 8)")
-    warmup_learning_rate: float | None = Field(None, gt=0, description="constant; None: the phase's learning rate")
+    warmup_learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="constant; None: the phase's learning rate; that of embedding and head keeps its ratio to it",
+    )
     include_norms: bool = Field(
         False, description="norms and biases compete for the top too, as in the SSU paper; otherwise they are frozen"
     )
 
     def requires(self) -> frozenset[str]:
         return frozenset({"target_text"})
+
+    @property
+    def steps_before(self) -> int:
+        return self.warmup_steps
 
     def outline(self, model: nn.Module) -> FreezePlan:
         import torch
@@ -63,14 +71,14 @@ class LoTA(Strategy):
         if inputs.target is None:
             raise AddlangError(f"strategy '{self.name}' needs target text to decide what is trained")
         names = self._names(model)
-        deltas = self._warm_up(model, inputs, [n for n, competes in names.items() if competes])
+        deltas, tokens = self._warm_up(model, inputs, [n for n, competes in names.items() if competes])
         total = sum(d.numel() for d in deltas.values())
         masks = largest(deltas, total - int(total * self.sparsity), inputs.seed)
         entries = {}
         for name, competes in names.items():
             shape = tuple(model.get_parameter(name).shape)
             entries[name] = Frozen(shape, "elements", ~masks[name]) if competes else Frozen(shape, "all")
-        return self.finish(model, inputs, entries)
+        return self.finish(model, inputs, entries, warmup_tokens=tokens)
 
     def cost(self, model: nn.Module) -> Cost:
         from addlang.strategies.costs import of_plan
@@ -83,16 +91,24 @@ class LoTA(Strategy):
 
         return {n: i.layer is not None and (i.kind == "linear" or self.include_norms) for n, i in inside(model).items()}
 
-    def _warm_up(self, model: Any, inputs: PlanInputs, names: Sequence[str]) -> dict[str, Tensor]:
-        """What ``warmup_steps`` of training change, in fp32 on the CPU; the model is left as it was found."""
+    def _warm_up(self, model: Any, inputs: PlanInputs, names: Sequence[str]) -> tuple[dict[str, Tensor], int]:
+        """What ``warmup_steps`` of training change, in fp32 on the CPU, and the label-bearing tokens that they read; the
+        model is left as it was found."""
         import torch
 
         from addlang.freeze.masked import Masked
         from addlang.recipe import TrainSettings
         from addlang.strategies.full import Full
+        from addlang.train.loop import disable_checkpointing, enable_checkpointing
 
         assert inputs.target is not None
         settings = inputs.settings or TrainSettings()
+        rate = self.warmup_learning_rate or settings.learning_rate
+        outer_rate = settings.embedding_learning_rate
+        rates = {
+            "learning_rate": rate,
+            "embedding_learning_rate": outer_rate and outer_rate * (rate / settings.learning_rate),
+        }
         source = {n: (p.data, p.requires_grad) for n, p in model.named_parameters()}
         training = model.training
         outer = {k: getattr(self, k) for k in Strategy.model_fields}
@@ -102,12 +118,17 @@ class LoTA(Strategy):
                 p.data = p.data.clone()
             attached = Masked(model, plan, masters=settings.master_weights == "fp32")
             model.train()
-            rate = self.warmup_learning_rate or settings.learning_rate
-            train_briefly(attached, inputs, settings, rate, self.warmup_steps)
+            if settings.activation_checkpointing:
+                enable_checkpointing(model)
+            with torch.random.fork_rng(devices=[d for d in {p.device for p in model.parameters()} if d.type == "cuda"]):
+                torch.manual_seed(inputs.seed)  # of stochastic rounding
+                tokens = train_briefly(attached, inputs, settings.model_copy(update=rates), self.warmup_steps)
             with torch.no_grad():
                 moved = {n: model.get_parameter(n).detach() for n in names}
-                return {n: (w.double() - source[n][0].double()).float().cpu() for n, w in moved.items()}
+                return {n: (w.double() - source[n][0].double()).float().cpu() for n, w in moved.items()}, tokens
         finally:
+            if settings.activation_checkpointing:
+                disable_checkpointing(model)
             for n, p in model.named_parameters():
                 p.grad = None
                 p.data, wanted = source[n]
@@ -115,8 +136,8 @@ class LoTA(Strategy):
             model.train(training)
 
 
-def train_briefly(attached: Any, inputs: PlanInputs, settings: TrainSettings, rate: float, steps: int) -> None:
-    """``steps`` optimizer steps at a constant rate, in the order of the training loop.
+def train_briefly(attached: Any, inputs: PlanInputs, settings: TrainSettings, steps: int) -> int:
+    """``steps`` optimizer steps at constant rates, in the order of the training loop; returns the label-bearing tokens.
 
     Raises:
         AddlangError: the data end too early, or the loss is not finite.
@@ -125,17 +146,13 @@ def train_briefly(attached: Any, inputs: PlanInputs, settings: TrainSettings, ra
 
     from addlang.train.loop import compute_context
     from addlang.train.loss import token_loss
+    from addlang.train.optimizers import build_optimizer
 
     assert inputs.target is not None
     device = next(attached.model.parameters()).device
     autocast = compute_context(settings, device)  # type: ignore[arg-type]
-    optimizer = torch.optim.AdamW(
-        attached.param_groups(settings.weight_decay),
-        lr=rate,
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        eps=settings.adam_epsilon,
-        fused=True,
-    )
+    optimizer = build_optimizer(attached, settings)
+    tokens = 0
     batches = iter(inputs.target())
     for step in range(1, steps + 1):
         micro_batches = next(batches, None)
@@ -145,6 +162,7 @@ def train_briefly(attached: Any, inputs: PlanInputs, settings: TrainSettings, ra
                 "lower strategy.warmup_steps or raise tokens",
             )
         labels = sum(int((b["labels"][:, 1:] != -100).sum()) for b in micro_batches)
+        tokens += labels
         for batch in micro_batches:
             on_device: Mapping[str, Tensor] = {k: v.to(device) for k, v in batch.items()}
             with autocast():
@@ -162,6 +180,7 @@ def train_briefly(attached: Any, inputs: PlanInputs, settings: TrainSettings, ra
         optimizer.zero_grad(set_to_none=True)
         if inputs.progress is not None:
             inputs.progress(step, steps, "warm-up steps")
+    return tokens
 
 
 def largest(deltas: Mapping[str, Tensor], k: int, seed: int) -> dict[str, Tensor]:

@@ -37,7 +37,7 @@ PLACE = re.compile(r"(?P<kind>[^/@]+)@(?P<rank>\d+)\.(?P<part>\w+)")  # of one p
 
 
 class Writer:
-    """Writes ``checkpoint-N`` directories in the background and keeps the newest ``keep``.
+    """Writes ``checkpoint-N`` directories in the background and keeps the newest ``keep`` that are whole.
 
     Args:
         sharded: every process writes its part; otherwise the first one writes everything.
@@ -109,8 +109,11 @@ class Writer:
                     os.fsync(f.fileno())
             shutil.rmtree(final, ignore_errors=True)
             os.replace(tmp, final)
-            for _, old in _listed(self.directory)[: -self.keep]:
-                shutil.rmtree(old)
+            others = [path for _, path in reversed(_listed(self.directory)) if path != final]
+            kept = [path for path in others if _problem(path) is None][: self.keep - 1]
+            for old in others:  # also a torn one of a higher number, which must not count in the place of a whole one
+                if old not in kept:
+                    shutil.rmtree(old)
 
         try:
             self._first(begin)

@@ -232,6 +232,14 @@ def enable_checkpointing(model: Any) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
+def disable_checkpointing(model: Any) -> None:
+    """Undo :func:`enable_checkpointing`."""
+    if hasattr(model, "activation_checkpointing_disable"):
+        model.activation_checkpointing_disable()
+    else:
+        model.gradient_checkpointing_disable()
+
+
 def compile_layers(model: Any) -> None:
     """``torch.compile`` of every decoder layer, in place: modules, names and the chunked head stay as they are."""
     require_compiler("torch_compile")

@@ -86,14 +86,15 @@ def estimate(
     # the 8-bit optimizer keeps fp32 moments for the input embedding, if that is trained
     wide = 6 * head if phase.optimizer == "adamw_8bit" and embedding and embedding.frozen_count < embedding.numel else 0
     first, *others = [master * (e.numel if e.frozen_count < e.numel else 0) // shards for e in outside] or [0]
-    gradients = trained * master // shards
+    awake = trained - phase.strategy.asleep(plan)
+    gradients = awake * master // shards
     parts = {
         "frozen_weights": (frozen * kept + restored * master) // shards,
         "trained_weights": trained * master // shards,
         "compute_copies": max(0, copies),
         "gathered": gathered,
         "gradients": gradients,
-        "optimizer": (round(trained * optimizer_bytes(phase, master)) + wide) // shards,
+        "optimizer": (round(awake * optimizer_bytes(phase, master)) + wide) // shards,
         "guards": trained * sum(g.kept_bytes(stored_bytes, master) for g in phase.all_guards) // shards,
     }
     cast = 0  # 16-bit copies of trained weights that autocast makes for a product

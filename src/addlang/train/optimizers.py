@@ -25,11 +25,11 @@ from addlang.errors import AddlangError
 if TYPE_CHECKING:
     from torch import nn
 
-    from addlang.recipe import Phase
+    from addlang.recipe import Phase, TrainSettings
     from addlang.strategies.base import Attached
 
 
-def build_optimizer(attached: Attached, phase: Phase) -> torch.optim.Optimizer:
+def build_optimizer(attached: Attached, phase: TrainSettings) -> torch.optim.Optimizer:
     """The phase's optimizer over what is trained, after sharding.
 
     Raises:
@@ -50,7 +50,7 @@ def build_optimizer(attached: Attached, phase: Phase) -> torch.optim.Optimizer:
     return built
 
 
-def parameter_groups(attached: Attached, phase: Phase) -> list[dict[str, Any]]:
+def parameter_groups(attached: Attached, phase: TrainSettings) -> list[dict[str, Any]]:
     """The strategy's groups; embedding and head apart where they have a learning rate of their own, last in the list."""
     groups = attached.param_groups(phase.weight_decay)
     if phase.embedding_learning_rate is None:
@@ -98,6 +98,20 @@ def warmup(phase: Phase, steps: int) -> int:
             "lower warmup_steps or raise tokens",
         )
     return found
+
+
+def check_steps(phase: Phase, steps: int) -> None:
+    """Whether ``steps`` are enough for the warmup, and for what the strategy trains before.
+
+    Raises:
+        AddlangError: they are not.
+    """
+    warmup(phase, steps)
+    if steps < phase.strategy.steps_before:
+        raise AddlangError(
+            f"{phase.strategy.name} warms up for {phase.strategy.steps_before} steps, but phase '{phase.name}' has data for {steps} only",
+            "lower strategy.warmup_steps or raise tokens",
+        )
 
 
 def set_rates(optimizer: torch.optim.Optimizer, rates: list[float]) -> None:

@@ -178,6 +178,22 @@ def sharding_of(phase: Phase, world: World) -> Literal["none", "ddp", "fsdp"]:
     return phase.sharding
 
 
+def check_sharding(phase: Phase, world: World) -> Literal["none", "ddp", "fsdp"]:
+    """How the phase's model is spread over the processes, if it can be trained so.
+
+    Raises:
+        AddlangError: the setting contradicts the number of processes, or the method or its execution cannot be sharded.
+    """
+    sharding = sharding_of(phase, world)
+    phase.strategy.check_sharding(sharding)
+    if sharding == "fsdp" and phase.execution == "split_resident":
+        raise AddlangError(
+            f"phase '{phase.name}': resident split layers cannot be sharded",
+            "use execution: split_assemble, or DDP (sharding: ddp)",
+        )
+    return sharding
+
+
 def spread(
     attached: Attached, phase: Phase, world: World, device: torch.device, compute: torch.dtype | None
 ) -> nn.Module:
