@@ -58,6 +58,13 @@ def test_a_finished_run_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.Mo
     for status, expected in (("finished", "out"), ("running", "executed")):
         write_json(tmp_path / "out" / "state.json", {"status": status, "fingerprint": fingerprint, "stages": {}})
         assert run_one(data, "x") == str(tmp_path / expected)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.jsonl").write_text("the text", encoding="utf-8")
+    inputs = {"text.jsonl": "of another text"}
+    finished = {"status": "finished", "fingerprint": fingerprint, "stages": {}, "inputs": inputs}
+    write_json(tmp_path / "out" / "state.json", finished)
+    with pytest.raises(AddlangError, match=r"(?s)out' holds a finished run of other files.*: text.jsonl\n.*remove"):
+        run_one(data, "x")
     another = {"status": "finished", "fingerprint": "of another recipe", "stages": {}}
     write_json(tmp_path / "out" / "state.json", another)
     assert run_one(data, "x") == str(tmp_path / "executed")

@@ -84,6 +84,7 @@ def carry_out(run: RunDir, world: World, base_dir: Path | None) -> None:
         read = functools.partial(prepare_data, recipe, phase, tokenizer, device, base_dir, run, exclude)
         data[phase.name] = world.in_turn(read)
     world.first(lambda: check_promises(run, base_dir))
+    world.first(lambda: run.check_inputs(base_dir))
 
     def measure(label: str, directory: Path, share: float = 1.0) -> None:
         back = None if share == 1 else (share, source)

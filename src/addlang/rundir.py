@@ -16,13 +16,15 @@ import yaml
 
 from addlang.errors import AddlangError
 from addlang.export import CONFIG_FILES, write_json, write_text
+from addlang.inputs import changed, digests
 from addlang.recipe import Phase, Recipe
 
 STATE = "state.json"
 LOCK = ".lock"
 OWN = (
     STATE, "recipe.yaml", "README.md", "report.html", "freeze_plan.safetensors", "metrics.jsonl", "results.jsonl",
-    "comparison.json", "proof.json", "bad_batch.json", "replay.jsonl", "samples", "phases", "analysis", "checkpoint-*", "addlang", "*.tmp",
+    "comparison.json", "numbers.json", "proof.json", "bad_batch.json", "replay.jsonl", "samples", "phases", "analysis",
+    "checkpoint-*", "addlang", "*.tmp",
     "model*.safetensors", "model.safetensors.index.json", *CONFIG_FILES,
 )  # fmt: skip
 
@@ -192,6 +194,20 @@ class RunDir:
         if new:
             self.update(warnings=have + new)
 
+    def check_inputs(self, base_dir: Path | None) -> None:
+        """Note what the local files hold that the recipe names, as the first stage begins.
+
+        Raises:
+            AddlangError: a stage is complete, and they have changed since.
+        """
+        now = digests(self.recipe, base_dir)
+        if not any(self.state["stages"].values()):
+            self.update(inputs=now)
+        elif other := changed(self.state.get("inputs", {}), now):
+            raise AddlangError(
+                f"{', '.join(other)}: changed since this run began", "restore it, or start again with --overwrite"
+            )
+
     def phase_dir(self, phase: Phase) -> Path:
         """Where a phase's model, plan, metrics and checkpoints are: the last phase owns the run directory itself."""
         if phase.name == self.recipe.phases[-1].name:
@@ -232,6 +248,25 @@ class FollowedRun(RunDir):
 
     def write_json(self, name: str, data: object) -> None:
         """The first process does it."""
+
+
+def holds_finished(path: Path, recipe: Recipe, base_dir: Path | None) -> bool:
+    """Whether a directory holds the finished run of this very recipe.
+
+    Raises:
+        AddlangError: it does, but of other files, though they have the same names.
+    """
+    if not (path / STATE).is_file():
+        return False
+    state = read_state(path)
+    if state["status"] != "finished" or state["fingerprint"] != recipe.fingerprint:
+        return False
+    if other := changed(state.get("inputs", {}), digests(recipe, base_dir)):
+        raise AddlangError(
+            f"'{path}' holds a finished run of other files, which have changed since: {', '.join(other)}",
+            "restore them, choose another output_dir, or remove this directory to have the run done again",
+        )
+    return True
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -170,12 +170,8 @@ def run_one(data: dict[str, Any], where: str, base_dir: Path | None = None) -> s
     """Carry out one recipe unless its directory holds the finished run; returns the directory."""
     from addlang.recipe import Recipe
     from addlang.run import execute
-    from addlang.rundir import STATE, read_state
+    from addlang.rundir import holds_finished
 
     recipe = Recipe.parse(data, where=where, base_dir=base_dir)
     path = Path(recipe.output_dir)
-    if (path / STATE).is_file():
-        state = read_state(path)
-        if state["status"] == "finished" and state["fingerprint"] == recipe.fingerprint:
-            return str(path)
-    return str(execute(recipe, base_dir=base_dir))
+    return str(path if holds_finished(path, recipe, base_dir) else execute(recipe, base_dir=base_dir))
