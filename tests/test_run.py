@@ -642,8 +642,22 @@ def test_a_source_model_that_changed_in_between_is_refused(world: World, tmp_pat
         with pytest.raises(Killed):
             execute(recipe)
     flip_bit(model, "model.layers.1.mlp.up_proj.weight", (0, 0))
+    with pytest.raises(AddlangError, match="model: changed since this run began"):
+        execute(recipe)
+    state = json.loads((tmp_path / "out" / "state.json").read_text(encoding="utf-8"))
+    del state["inputs"]  # as in a run of an earlier version; the plan knows all the same
+    (tmp_path / "out" / "state.json").write_text(json.dumps(state), encoding="utf-8")
     with pytest.raises(AddlangError, match="weights that phase 'adapt' starts from have changed"):
         execute(recipe)
+
+
+def test_a_run_knows_the_content_of_the_files_that_it_read(world: World, finished: Path) -> None:
+    from addlang.inputs import digests
+
+    inputs = json.loads((finished / "state.json").read_text(encoding="utf-8"))["inputs"]
+    assert set(inputs) == {world.model, world.text, world.english, world.chat}
+    assert len(set(inputs.values())) == 4
+    assert digests(world.recipe(finished), None) == inputs
 
 
 @pytest.mark.parametrize(

@@ -58,9 +58,106 @@ def test_a_finished_run_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.Mo
     for status, expected in (("finished", "out"), ("running", "executed")):
         write_json(tmp_path / "out" / "state.json", {"status": status, "fingerprint": fingerprint, "stages": {}})
         assert run_one(data, "x") == str(tmp_path / expected)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.jsonl").write_text("the text", encoding="utf-8")
+    inputs = {"text.jsonl": "of another text"}
+    finished = {"status": "finished", "fingerprint": fingerprint, "stages": {}, "inputs": inputs}
+    write_json(tmp_path / "out" / "state.json", finished)
+    with pytest.raises(AddlangError, match=r"(?s)out' holds a finished run of other files.*: text.jsonl\n.*remove"):
+        run_one(data, "x")
     another = {"status": "finished", "fingerprint": "of another recipe", "stages": {}}
     write_json(tmp_path / "out" / "state.json", another)
     assert run_one(data, "x") == str(tmp_path / "executed")
+
+
+def fail_in_many_ways(data: dict[str, Any], where: str, base_dir: Path | None) -> str:
+    import signal
+    import time
+
+    from addlang.errors import PreemptedError
+
+    match data["name"]:
+        case "out of memory":
+            raise RuntimeError("CUDA out of memory.\nTried to allocate 20 GiB")
+        case "cannot be sent":
+            raise NeedsTwo("a", "b")
+        case "bad input":
+            raise AddlangError("bad input")
+        case "killed":
+            time.sleep(0.3)
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "beside":
+            ended = False
+
+            def end(*_: object) -> None:
+                nonlocal ended
+                ended = True
+
+            signal.signal(signal.SIGTERM, end)
+            deadline = time.monotonic() + 30
+            while not ended and time.monotonic() < deadline:
+                time.sleep(0.01)
+            raise PreemptedError("the state is saved")
+    return str(data["name"])
+
+
+class NeedsTwo(Exception):  # noqa: N818
+    """As errors of some libraries: it can be sent to another process, but not be read there."""
+
+    def __init__(self, a: str, b: str) -> None:
+        super().__init__(f"{a} and {b}")
+
+
+def start_light(threads: int, cache: str, gpus: Any = None) -> None:
+    """A worker without torch."""
+
+
+def sweep_by_name(
+    names: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch, workers: int = 1
+) -> tuple[list[str], dict[str, str]]:
+    """The runs that were finished, and the errors of those that failed."""
+    monkeypatch.setattr("addlang.sweep.start_worker", start_light)
+    failed: dict[str, str] = {}
+    runs = sweep(
+        [(name, {"name": name}) for name in names],
+        workers=workers,
+        threads=1,
+        cache=folder,
+        on_error=lambda key, error: failed.update({key: str(error)}),
+        work=fail_in_many_ways,
+    )
+    return [key for key, _ in runs], failed
+
+
+def test_a_run_that_fails_with_any_error_is_named_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["first", "out of memory", "cannot be sent", "bad input", "last"]
+    finished, failed = sweep_by_name(names, tmp_path, monkeypatch)
+    assert finished == ["first", "last"]
+    assert failed == {
+        "out of memory": "RuntimeError: CUDA out of memory.",
+        "cannot be sent": "NeedsTwo: a and b",
+        "bad input": "bad input",
+    }
+
+
+def test_a_killed_process_costs_the_runs_in_progress_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished, failed = sweep_by_name(["killed", "beside", "third", "fourth"], tmp_path, monkeypatch, workers=2)
+    assert sorted(finished) == ["fourth", "third"]
+    assert sorted(failed) == ["beside", "killed"]
+    assert all("a process was killed while this run was in progress" in error for error in failed.values())
+    finished, failed = sweep_by_name(["killed", "last"], tmp_path, monkeypatch)
+    assert (finished, list(failed)) == (["last"], ["killed"])
+
+
+def test_without_on_error_a_killed_process_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("addlang.sweep.start_worker", start_light)
+    todo = [("killed", {"name": "killed"})]
+    with pytest.raises(AddlangError, match="a process was killed"):
+        list(sweep(todo, workers=1, threads=1, cache=tmp_path, work=fail_in_many_ways))
 
 
 def wait_forever(data: dict[str, Any], where: str, base_dir: Path | None) -> str:

@@ -29,6 +29,10 @@ TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "spiece.model",
 )  # fmt: skip
 FLOATS = ("F64", "F32", "F16", "BF16")  # types of weights, as safetensors names them
+NO_BEHAVIOUR = (  # keys of a configuration that change nothing of what a model in eval mode computes
+    "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "attn_implementation", "id2label", "label2id",
+    "problem_type", "return_dict", "output_hidden_states", "output_attentions",
+)  # fmt: skip
 SNAPSHOT_PATTERNS = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -188,6 +192,44 @@ def load_model(
     model.to(device)
     model.eval()
     return model
+
+
+def behaviour(config: Any, generation: Any = None) -> str:
+    """Hash of what makes the same weights compute or write something else, for caches: RoPE, windows, ids that end a reply.
+
+    The type of the weights and of the device are not in it.
+
+    Args:
+        config: configuration of a model of transformers.
+        generation: its generation settings.
+    """
+    from addlang.data.cache import fingerprint
+
+    return fingerprint(*(_plain(part.to_dict()) for part in (config, generation) if part is not None))
+
+
+def stored_behaviour(directory: Path) -> str:
+    """:func:`behaviour` of a model directory, without its weights."""
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
+        if (directory / "generation_config.json").is_file():
+            return behaviour(config, GenerationConfig.from_pretrained(str(directory)))
+        return behaviour(config, GenerationConfig.from_model_config(config))
+    except (OSError, ValueError, KeyError) as error:
+        raise AddlangError(f"{directory}: its configuration cannot be used: {_first_line(error)}") from error
+
+
+def _plain(settings: Any) -> Any:
+    """Without what is not set and what has no effect: versions of transformers add keys."""
+    if not isinstance(settings, Mapping):
+        return settings
+    return {
+        str(key): _plain(value)
+        for key, value in settings.items()
+        if value is not None and key not in NO_BEHAVIOUR and not str(key).startswith("_") and "drop" not in str(key)
+    }
 
 
 def skeleton(directory: Path) -> Any:

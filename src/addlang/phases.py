@@ -145,7 +145,7 @@ def answer_replay(
 
     from addlang.data.prepare import cache_root, with_replay
     from addlang.data.replay import generative_replay, wanted_tokens
-    from addlang.models import load_model
+    from addlang.models import load_model, stored_behaviour
     from addlang.progress import progress
 
     pool = data.pool
@@ -164,6 +164,7 @@ def answer_replay(
             phase=phase,
             language=run.recipe.source_language,
             model_hash=model_hash,
+            behaviour=stored_behaviour(source),
             load=lambda: load_model(source, dtype=torch.float32 if device.type == "cpu" else None, device=device),
             cache_dir=cache_root(),
             progress=show,

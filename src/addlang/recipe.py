@@ -39,6 +39,10 @@ __all__ = [
 ]  # fmt: skip
 
 RESERVED = {"before", "after"}
+WITHOUT_EFFECT = ("output_dir", "allow_contamination")  # on the result; the latter only lets the same run go on
+WITHOUT_EFFECT_IN_A_PHASE = (
+    "save_steps", "save_total_limit", "logging_steps", "report_to", "max_loss_spike", "sharding",
+)  # fmt: skip
 
 
 class Recipe(Strict):
@@ -105,13 +109,14 @@ class Recipe(Strict):
     def fingerprint(self) -> str:
         """Hash of everything that determines the result (not of where it is written or how often it is saved).
 
-        Defaults are left out, so that a run can be continued by a version that knows more keys.
+        Defaults are left out, so that a run can be continued by a version that knows more keys. That a default has changed
+        is seen in :meth:`resolved` alone, see :func:`addlang.rundir.other_defaults`.
         """
         data = self.model_dump(mode="json", exclude_defaults=True)
-        data.pop("output_dir")
-        data.pop("allow_contamination", None)  # it only lets the same run go on
+        for key in WITHOUT_EFFECT:
+            data.pop(key, None)
         for phase, live in zip(data["phases"], self.phases, strict=True):
-            for key in ("save_steps", "save_total_limit", "logging_steps", "report_to", "max_loss_spike", "sharding"):
+            for key in WITHOUT_EFFECT_IN_A_PHASE:
                 phase.pop(key, None)
             parts = [
                 {"name": part.name, **part.model_dump(mode="json", exclude_defaults=True)}

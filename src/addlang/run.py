@@ -86,6 +86,7 @@ def carry_out(run: RunDir, world: World, base_dir: Path | None) -> None:
         data[phase.name] = world.in_turn(read)
     world.first(lambda: [micro_batch(p, data[p.name].batch_size, device.type, world.size) for p in recipe.phases])
     world.first(lambda: check_promises(run, base_dir))
+    world.first(lambda: run.check_inputs(base_dir))
 
     def measure(label: str, directory: Path, share: float = 1.0) -> None:
         back = None if share == 1 else (share, source)

@@ -16,13 +16,15 @@ import yaml
 
 from addlang.errors import AddlangError
 from addlang.export import CONFIG_FILES, write_json, write_text
-from addlang.recipe import Phase, Recipe
+from addlang.inputs import changed, digests
+from addlang.recipe import WITHOUT_EFFECT, WITHOUT_EFFECT_IN_A_PHASE, Phase, Recipe
 
 STATE = "state.json"
 LOCK = ".lock"
 OWN = (
     STATE, "recipe.yaml", "README.md", "report.html", "freeze_plan.safetensors", "metrics.jsonl", "results.jsonl",
-    "comparison.json", "proof.json", "bad_batch.json", "replay.jsonl", "samples", "phases", "analysis", "checkpoint-*", "addlang", "*.tmp",
+    "comparison.json", "numbers.json", "proof.json", "bad_batch.json", "replay.jsonl", "samples", "phases", "analysis",
+    "checkpoint-*", "addlang", "*.tmp",
     "model*.safetensors", "model.safetensors.index.json", *CONFIG_FILES,
 )  # fmt: skip
 
@@ -97,16 +99,23 @@ class RunDir:
         """A run of another recipe that ended before anything was computed, as after a mistyped path: nothing is lost."""
         state = self.state
         started = any(state["stages"].values()) or any(self.path.rglob("checkpoint-*"))
-        return state["fingerprint"] != self.recipe.fingerprint and not started
+        another = state["fingerprint"] != self.recipe.fingerprint or other_defaults(self.path, self.recipe)
+        return bool(another) and not started
 
     def _check_recipe(self) -> None:
         if self.state["fingerprint"] != self.recipe.fingerprint:
             changed = (
-                ", ".join(_differences(self._stored_recipe(), self.recipe.resolved())) or "settings of another version"
+                ", ".join(_differences(_stored_recipe(self.path), self.recipe.resolved()))
+                or "settings of another version"
             )
             raise AddlangError(
                 f"'{self.path}' holds a run of another recipe; different: {changed}",
                 "run the same settings to continue it, choose another --output_dir, or start again with --overwrite",
+            )
+        if other := other_defaults(self.path, self.recipe):
+            raise AddlangError(
+                f"'{self.path}' holds a run of this recipe for which other defaults held: {', '.join(other)}",
+                "continue it with the version of addlang that began it, choose another --output_dir, or start again with --overwrite",
             )
         if self.finished:
             raise AddlangError(
@@ -118,13 +127,6 @@ class RunDir:
     def finished(self) -> bool:
         """Every stage is complete and the report, which is written last, is there."""
         return self.state.get("status") == "finished" and (self.path / "report.html").is_file()
-
-    def _stored_recipe(self) -> dict[str, Any]:
-        try:
-            data = yaml.safe_load((self.path / "recipe.yaml").read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError):
-            return {}
-        return data if isinstance(data, dict) else {}
 
     def _acquire(self) -> None:
         while True:
@@ -192,6 +194,20 @@ class RunDir:
         if new:
             self.update(warnings=have + new)
 
+    def check_inputs(self, base_dir: Path | None) -> None:
+        """Note what the local files hold that the recipe names, as the first stage begins.
+
+        Raises:
+            AddlangError: a stage is complete, and they have changed since.
+        """
+        now = digests(self.recipe, base_dir)
+        if not any(self.state["stages"].values()):
+            self.update(inputs=now)
+        elif other := changed(self.state.get("inputs", {}), now):
+            raise AddlangError(
+                f"{', '.join(other)}: changed since this run began", "restore it, or start again with --overwrite"
+            )
+
     def phase_dir(self, phase: Phase) -> Path:
         """Where a phase's model, plan, metrics and checkpoints are: the last phase owns the run directory itself."""
         if phase.name == self.recipe.phases[-1].name:
@@ -234,6 +250,52 @@ class FollowedRun(RunDir):
         """The first process does it."""
 
 
+def holds_finished(path: Path, recipe: Recipe, base_dir: Path | None) -> bool:
+    """Whether a directory holds the finished run of this very recipe.
+
+    Raises:
+        AddlangError: it does, but of other files that have the same names, or other defaults held.
+    """
+    if not (path / STATE).is_file():
+        return False
+    state = read_state(path)
+    if state["status"] != "finished" or state["fingerprint"] != recipe.fingerprint:
+        return False
+    if other := other_defaults(path, recipe):
+        raise AddlangError(
+            f"'{path}' holds a finished run for which other defaults held: {', '.join(other)}",
+            "choose another output_dir, or remove this directory to have the run done again",
+        )
+    if other := changed(state.get("inputs", {}), digests(recipe, base_dir)):
+        raise AddlangError(
+            f"'{path}' holds a finished run of other files, which have changed since: {', '.join(other)}",
+            "restore them, choose another output_dir, or remove this directory to have the run done again",
+        )
+    return True
+
+
+def other_defaults(path: Path, recipe: Recipe) -> list[str]:
+    """Settings of the run in a directory whose values differ from the recipe's, though the recipe may not name them.
+
+    Keys that only one of them knows are no difference: versions add keys.
+    """
+    here = recipe.resolved()
+    for key in WITHOUT_EFFECT:
+        del here[key]
+    for phase in here["phases"]:
+        for key in WITHOUT_EFFECT_IN_A_PHASE:
+            del phase[key]
+    return list(_differences(_stored_recipe(path), here, only_shared=True))
+
+
+def _stored_recipe(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
 def read_state(path: Path) -> dict[str, Any]:
     """``state.json`` of a run directory.
 
@@ -269,15 +331,19 @@ def _is_run(path: Path) -> bool:
     return isinstance(data, dict) and {"fingerprint", "stages"} <= set(data)
 
 
-def _differences(old: Any, new: Any, prefix: str = "") -> Iterator[str]:
-    """Dotted keys whose values differ, at most eight."""
+def _differences(old: Any, new: Any, prefix: str = "", *, only_shared: bool = False) -> Iterator[str]:
+    """Dotted keys whose values differ.
+
+    Args:
+        only_shared: a key that one side lacks is no difference.
+    """
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in [*old, *[k for k in new if k not in old]]:
-            if key != "output_dir":
-                yield from _differences(old.get(key), new.get(key), f"{prefix}{key}.")
+            if key != "output_dir" and not (only_shared and (key not in old or key not in new)):
+                yield from _differences(old.get(key), new.get(key), f"{prefix}{key}.", only_shared=only_shared)
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         for i, (a, b) in enumerate(zip(old, new, strict=True)):
-            yield from _differences(a, b, f"{prefix}{i}.")
+            yield from _differences(a, b, f"{prefix}{i}.", only_shared=only_shared)
     elif old != new:
         yield f"{prefix.rstrip('.')} ({_short(old)} there, {_short(new)} here)"
 

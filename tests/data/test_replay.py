@@ -66,11 +66,13 @@ def texts(rows: Any) -> list[str]:
     return [row.messages[-1]["content"] for row in rows]
 
 
-def generate(phase: Phase, lab: tuple[Any, Any], cache: Path, wanted: int = 500, load: Any = None) -> Any:
+def generate(
+    phase: Phase, lab: tuple[Any, Any], cache: Path, wanted: int = 500, load: Any = None, behaviour: str = "b"
+) -> Any:
     pool = pool_of(phase)
     return generative_replay(
-        pool, wanted, lab[1], phase=phase, language="en", model_hash="h", load=load or (lambda: lab[0]), cache_dir=cache,
-        progress=lambda *_: None,
+        pool, wanted, lab[1], phase=phase, language="en", model_hash="h", behaviour=behaviour, load=load or (lambda: lab[0]),
+        cache_dir=cache, progress=lambda *_: None,
     )  # fmt: skip
 
 
@@ -170,6 +172,13 @@ def test_a_larger_share_goes_on_where_a_smaller_one_ended(phase: Any, lab: Any, 
     assert len(list((tmp_path / "replay").glob("*.jsonl"))) == 1
     never = lambda: pytest.fail("all answers are there")  # noqa: E731
     assert texts(generate(p, lab, tmp_path, wanted=200, load=never)[2]) == texts(small[2])
+
+
+def test_the_same_weights_under_another_configuration_are_asked_again(phase: Any, lab: Any, tmp_path: Path) -> None:
+    p = phase()
+    for behaviour in ("b", "b", "another"):
+        generate(p, lab, tmp_path, wanted=100, behaviour=behaviour)
+    assert len(list((tmp_path / "replay").glob("*.jsonl"))) == 2
 
 
 @pytest.mark.parametrize("change", [{"max_new_tokens": 30}, {"temperature": 0.5}, {"seed": 3}])

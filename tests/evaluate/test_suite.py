@@ -201,6 +201,30 @@ def test_another_dtype_is_another_result(new_model: Any, tokenizer: Any, tmp_pat
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("config", "rope_parameters", {"rope_theta": 5e5, "rope_type": "default"}),
+        ("generation_config", "eos_token_id", 3),
+    ],
+)
+def test_another_configuration_is_another_result_of_the_same_weights(
+    part: str, key: str, value: Any, new_model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    calls: list[int] = []
+    suite = counting(calls, Outcome([measurement()]))
+    model = new_model(tokenizer)
+    for _ in range(2):
+        with pytest.warns(AddlangWarning):
+            cached_evaluate(model, "hash", suite, tmp_path)
+    assert len(calls) == 1
+    assert getattr(getattr(model, part), key) != value
+    setattr(getattr(model, part), key, value)
+    with pytest.warns(AddlangWarning):
+        cached_evaluate(model, "hash", suite, tmp_path)
+    assert len(calls) == 2
+
+
 def test_a_cache_that_cannot_be_written_is_an_error(model: Any, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(AddlangError, match="cannot be written"):

@@ -199,8 +199,8 @@ def test_conversations_of_its_own_need_no_source_data_and_are_kept(
     guard = make_guard("ewc", options)
     assert guard.requires() == {"chat_template"}
     own = SimpleNamespace(
-        **{**vars(context()), "calibration": None}, model=model, model_hash="h", tokenizer=make_tokenizer(),
-        cache_dir=tmp_path, language="en",
+        **{**vars(context()), "calibration": None}, model=model, model_hash="h", behaviour="b",
+        tokenizer=make_tokenizer(), cache_dir=tmp_path, language="en",
     )  # fmt: skip
     active = guard.start(own)
     active.begin(full.attach(model, full.plan(model, PlanInputs()), "auto"))

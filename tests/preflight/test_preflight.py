@@ -34,7 +34,7 @@ from addlang.preflight.run import (
 )
 from addlang.preflight.tokens import byte_characters, fit_of
 from addlang.preflight.watch import Reading, Watched, collate, read
-from addlang.report.preflight import preflight_html
+from addlang.report.preflight import preflight_html, sections
 from tinyrun import World, chat_rows, without_weights, write_rows
 
 
@@ -285,6 +285,37 @@ def test_a_method_that_a_recipe_would_refuse_is_noted_and_not_probed(world: Worl
     assert any(n.startswith("self_anchor + self_anchor: not probed. strategy 'self_anchor' brings") for n in notes)
 
 
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("probed", [True, False])
+def test_what_is_said_about_the_plan_rests_on_the_probe_of_the_planned_setting_alone(
+    probed: bool, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    if not probed:
+        monkeypatch.setattr("addlang.guards.l2sp._Active.begin", full)
+    recipe = world.recipe(tmp_path / "run", strategy="full", guards=["l2sp"])
+    result = preflight(recipe, Settings(encoder=None, probe_steps=2, compare=(Method("hft"),)))
+    said = {s.title: s for s in sections(result)}
+    labels = [row[0] for row in said["Forecast of what is lost"].tables[0].rows]
+    learns, kept = result["answers"][2:4]
+    if probed:
+        assert labels == ["planned: full + l2sp", "hft"]
+        assert [p["planned"] for p in result["probes"]] == [True, False]
+        assert result["plan"]["seconds"] == result["plan"]["steps"] * result["probes"][0]["seconds_per_step"]
+        assert learns["why"].startswith("in 2 steps as planned the loss")
+    else:
+        assert labels == ["hft"]
+        assert [p["planned"] for p in result["probes"]] == [False]
+        assert result["plan"]["seconds"] is None
+        why = "the planned setting was not probed: memory ran out in phase 'adapt'"
+        for answer in (learns, kept):
+            assert answer["answer"] == "cannot tell"
+            assert answer["why"].startswith(why)
+        assert any("was not probed: memory ran out" in line for line in said["Forecast of what is lost"].lines)
+
+
 def card(**changes: object) -> dict[str, object]:
     return {"sources": [{"path": "x", "role": "target", "tokens": 1000, "epochs": 1.0, **changes}]}
 
@@ -294,7 +325,7 @@ def test_every_question_has_an_answer_of_its_own() -> None:
     said = {"lost": 0.02, "low": 0.0, "high": 0.06, "why": []}
     good = {
         "model": {"tokenizer": {"source": fit, "target": fit}}, "data": card(), "settings": {"keep": 0.97, "probe_steps": 32},
-        "probes": [{"gained": 0.5, "forecast": said}],
+        "probes": [{"gained": 0.5, "forecast": said, "planned": True}],
         "plan": {"memory": {"total": 2**30}, "available": 2**31, "device": "CPU"},
     }  # fmt: skip
 
@@ -313,9 +344,9 @@ def test_every_question_has_an_answer_of_its_own() -> None:
     )
     assert answer(1, data=card(epochs=20.0)) == "no"
     assert "--tokens 4000" in answers({**good, "data": card(epochs=20.0)})[1]["why"]
-    assert answer(2, probes=[{"gained": -0.1, "forecast": said}]) == "no"
-    assert answer(3, probes=[{"gained": 1, "forecast": {**said, "high": 0.03}}]) == "yes"
-    assert answer(3, probes=[{"gained": 1, "forecast": {**said, "low": 0.04}}]) == "no"
+    assert answer(2, probes=[{"gained": -0.1, "forecast": said, "planned": True}]) == "no"
+    assert answer(3, probes=[{"gained": 1, "forecast": {**said, "high": 0.03}, "planned": True}]) == "yes"
+    assert answer(3, probes=[{"gained": 1, "forecast": {**said, "low": 0.04}, "planned": True}]) == "no"
     assert answer(4, plan={**good["plan"], "available": 2**29}) == "no"  # type: ignore[dict-item]
 
 

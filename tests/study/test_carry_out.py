@@ -154,3 +154,66 @@ def test_a_dry_run_lists_the_runs_that_only_names(
     with pytest.raises(SystemExit):
         cli.main()
     assert capsys.readouterr().out.split() == [f"13B/ha/{unit}-wise-s0" for unit in ("column", "row", "element")]
+
+
+def finished_run(path: Path, text: Path, value: float, started: float) -> dict[str, Any]:
+    """A directory as a finished run leaves it, with one result; its recipe."""
+    from addlang.inputs import digests
+    from addlang.recipe import Recipe
+
+    data = {
+        "model_name_or_path": "lab", "output_dir": str(path), "language": "sw", "strategy": "full", "tokens": 1000,
+        "datasets": [{"path": str(text)}],
+    }  # fmt: skip
+    recipe = Recipe.parse(data)
+    path.mkdir(exist_ok=True)
+    state = {
+        "status": "finished", "fingerprint": recipe.fingerprint, "started": started, "seconds": 1.0, "stages": {},
+        "inputs": digests(recipe, None), "train": {}, "plan": {},
+    }  # fmt: skip
+    row = {"role": "target", "metric": "bits_per_byte", "task": "t", "unit": "", "higher_is_better": False}
+    rows = [json.dumps({**row, "model": label, "value": value}) for label in ("before", "after")]
+    (path / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    (path / "results.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    (path / "proof.json").write_text('{"ok": true}', encoding="utf-8")
+    return data
+
+
+def value_of(numbers: Any) -> float:
+    return float(numbers["results"]["target/bits_per_byte/t"]["after"])
+
+
+def test_numbers_of_the_run_that_was_in_a_directory_before_are_not_taken(tmp_path: Path) -> None:
+    from addlang.rundir import OWN
+
+    text = tmp_path / "text.jsonl"
+    text.write_text("one", encoding="utf-8")
+    run = tmp_path / "run"
+    data = finished_run(run, text, 1.0, started=10.0)
+    kept = carry_out._keep(run, weights=True)
+    assert carry_out._known(run, data, tmp_path) == kept
+    finished_run(run, text, 2.0, started=20.0)
+    assert (run / "numbers.json").is_file()
+    assert value_of(carry_out._known(run, data, tmp_path)) == 2.0
+    assert "numbers.json" in OWN  # --overwrite removes it
+    earlier = {**kept, "results": {}}  # of a version that did not note whose they are
+    (run / "numbers.json").write_text(json.dumps(earlier), encoding="utf-8")
+    assert carry_out._known(run, data, tmp_path) == earlier
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_finished_runs_of_data_that_changed_stop_a_study_before_it_starts(
+    finished: bool, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text("one", encoding="utf-8")
+    study = load_study(write(world, tmp_path, learning_rates=[], seeds=0))
+    runs = {arm: finished_run(tmp_path / arm, text, 1.0, started=10.0) for arm in ("full", "SSU")}
+    grid = {cell: runs[cell.arm] for cell in carry_out.cells(study, tmp_path)}
+    monkeypatch.setattr(carry_out, "cells", lambda *_, **__: grid)
+    monkeypatch.setattr("addlang.sweep.sweep", lambda *_, **__: pytest.fail("a run was started"))
+    text.write_text("another", encoding="utf-8")
+    with pytest.raises(
+        AddlangError, match=r"(?s)2 of 2 runs.*'.*full' holds a finished run of other files.*text.jsonl"
+    ):
+        carry_out.run_study(study, base_dir=tmp_path, command="", finished=finished)

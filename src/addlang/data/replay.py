@@ -119,6 +119,7 @@ def generative_replay(
     phase: Phase,
     language: str,
     model_hash: str,
+    behaviour: str,
     load: Callable[[], Any],
     cache_dir: Path,
     progress: Callable[[int, int], None],
@@ -126,10 +127,11 @@ def generative_replay(
     """The model's answers to the pool's prompts, packed: about ``wanted`` tokens; what to tell about them; the rows.
 
     Answers are appended to a journal block by block, so that a process that is killed goes on where it stopped, and a
-    larger share goes on where a smaller one ended. What they depend on names the journal: the model's weights, prompts,
-    tokenizer and decoding.
+    larger share goes on where a smaller one ended. What they depend on names the journal: the model's weights and
+    configuration, prompts, tokenizer and decoding.
 
     Args:
+        behaviour: see :func:`addlang.models.behaviour`.
         load: loads the model; not called if all answers are there.
 
     Raises:
@@ -139,7 +141,7 @@ def generative_replay(
     require_chat_template(tokenizer)
     decoding = decoding_of(replay)
     key = fingerprint(
-        "replay", VERSION, model_hash, tokenizer_fingerprint(tokenizer, chat=True), pool.identity, replay.seed, decoding,
+        "replay", VERSION, model_hash, behaviour, tokenizer_fingerprint(tokenizer, chat=True), pool.identity, replay.seed, decoding,
         phase.sequence_length, language if replay.language_filter else None,
     )  # fmt: skip
     file = cache_dir / "replay" / f"{key}.jsonl"

@@ -164,12 +164,16 @@ def cached_evaluate(
     again, so that a run that finds it in the cache reports the same as the run that made it.
 
     Args:
-        model_hash: of the weights on disk; the dtype and the kind of device that they compute in are added here.
+        model_hash: of the weights on disk; the configuration, the dtype and the kind of device that they compute in are
+            added here.
     """
     from addlang.data.cache import fingerprint
+    from addlang.models import behaviour
+
+    computes = behaviour(model.config, getattr(model, "generation_config", None))
 
     def run(task: Task, inner: Progress | None) -> Outcome:
-        key = fingerprint(task.fingerprint, str(model.dtype), model.device.type)
+        key = fingerprint(task.fingerprint, computes, str(model.dtype), model.device.type)
         path = cache_dir / model_hash / f"{key}.json"
         stored = _read(path)
         if stored is None:

@@ -58,6 +58,13 @@ class GuardContext:
     progress: Callable[[int, int, str], None]
     read_by_guards: float
 
+    @property
+    def behaviour(self) -> str:
+        """Of the model's configuration, for caches."""
+        from addlang.models import behaviour
+
+        return behaviour(self.model.config, getattr(self.model, "generation_config", None))
+
 
 class ActiveGuard(ABC):
     """A guard at work."""

@@ -48,7 +48,9 @@ class KL(Guard):
         from addlang.guards.teacher import VERSION
 
         given = context.calibration()
-        key = fingerprint("kl", VERSION, context.model_hash, given.fingerprint, self.top_k, context.sequence_length)
+        key = fingerprint(
+            "kl", VERSION, context.model_hash, context.behaviour, given.fingerprint, self.top_k, context.sequence_length
+        )
 
         def conversations() -> tuple[list[list[int]], dict[str, Any]]:
             whole = [list(ids[: context.sequence_length]) for ids in given.ids]

@@ -95,7 +95,7 @@ def sampled_by(sampling: Sampling, context: GuardContext) -> str:
 
     options = {name: getattr(sampling, name) for name in Sampling.model_fields}
     return fingerprint(
-        "conversations", VERSION, context.model_hash, tokenizer_fingerprint(context.tokenizer, chat=True),
+        "conversations", VERSION, context.model_hash, context.behaviour, tokenizer_fingerprint(context.tokenizer, chat=True),
         options, context.sequence_length, context.language,
     )  # fmt: skip
 

@@ -62,21 +62,33 @@ def _amount(result: Mapping[str, Any]) -> Answer:
 
 def _learns(result: Mapping[str, Any]) -> Answer:
     question = "Does the model learn from them?"
-    if not result.get("probes"):
-        return Answer(question, "cannot tell", "no probe was run")
-    gained, steps = result["probes"][0]["gained"], result["settings"]["probe_steps"]
+    planned = _planned(result)
+    if isinstance(planned, str):
+        return Answer(question, "cannot tell", planned)
+    gained, steps = planned["gained"], result["settings"]["probe_steps"]
     why = f"in {steps} steps as planned the loss on held-out text {'falls' if gained > 0 else 'rises'} by {abs(gained):.3f} nats per token"
     return Answer(question, "yes" if gained > 0 else "no", why)
+
+
+def _planned(result: Mapping[str, Any]) -> Mapping[str, Any] | str:
+    """The probe of the planned setting, or why there is none: another one says nothing about it."""
+    for probe in result.get("probes") or []:
+        if probe["planned"]:
+            return dict(probe)
+    if "not_probed" in result:
+        return f"the planned setting was not probed: {result['not_probed']}"
+    return "no probe was run"
 
 
 def _kept(result: Mapping[str, Any]) -> Answer:
     keep = result["settings"]["keep"]
     question = f"Is {keep:.0%} of the source kept, as planned?"
-    said = result["probes"][0]["forecast"] if result.get("probes") else None
-    if said is None or said["lost"] is None:
-        return Answer(
-            question, "cannot tell", "there is no forecast" + (f": {said['why'][-1]}" if said and said["why"] else "")
-        )
+    planned = _planned(result)
+    if isinstance(planned, str):
+        return Answer(question, "cannot tell", planned)
+    said = planned["forecast"]
+    if said["lost"] is None:
+        return Answer(question, "cannot tell", "there is no forecast" + (f": {said['why'][-1]}" if said["why"] else ""))
     why = f"forecast: {said['lost']:.1%} lost, [{said['low']:.1%}, {said['high']:.1%}] with 90 %"
     sure = "yes" if said["high"] <= 1 - keep else "no" if said["low"] > 1 - keep else "cannot tell"
     return Answer(question, sure, why if sure != "cannot tell" else f"{why}: the bound lies inside the interval")

@@ -134,8 +134,9 @@ def preflight(recipe: Recipe, settings: Settings, *, base_dir: Path | None = Non
     """Look at a planned run of one phase (of several: the last) without carrying it out.
 
     Returns:
-        Plain data: ``model``, ``data``, ``similarity``, ``conflict``, ``plan``, ``probes`` (each with its forecast), ``advice``,
-        ``answers`` and ``notes``. What could not be measured is None, with the reason among the notes.
+        Plain data: ``model``, ``data``, ``similarity``, ``conflict``, ``plan``, ``probes`` (each with its forecast and
+        whether it is the planned setting), ``advice``, ``answers`` and ``notes``. What could not be measured is None, with
+        the reason among the notes; ``not_probed`` is there if it is the planned setting that could not be probed.
 
     Raises:
         AddlangError: bad data, or a model that cannot be read.
@@ -337,7 +338,7 @@ def measure_gradients(flight: Preflight, _so_far: dict[str, Any]) -> dict[str, A
 
 
 def run_probes(flight: Preflight, so_far: dict[str, Any]) -> list[dict[str, Any]]:
-    """A probe and a forecast for the planned run and for every alternative; the planned one comes first.
+    """A probe and a forecast for the planned run and for every alternative; the planned one comes first, if it can be probed.
 
     Where none of them is expected to keep enough, the one that loses least is probed at lower learning rates.
     """
@@ -357,7 +358,9 @@ def run_probes(flight: Preflight, so_far: dict[str, Any]) -> list[dict[str, Any]
     found: list[tuple[Candidate, Phase, Any]] = []
     with progress("probing", total=len(planned), unit="settings") as bar:
         for label, phase in planned:
-            probe_one(flight, label, phase, target, so_far, found)
+            failed = probe_one(flight, label, phase, target, so_far, found)
+            if failed is not None and phase is planned[0][1]:
+                so_far["not_probed"] = failed
             bar.update(len(found))
         for _ in range(HALVINGS):
             said = [item for item in found if item[0].forecast.lost is not None]
@@ -366,18 +369,20 @@ def run_probes(flight: Preflight, so_far: dict[str, Any]) -> list[dict[str, Any]
                 break
             rate = float(f"{least[1].learning_rate / 2:.6g}")
             lower = least[1].model_copy(update={"learning_rate": rate})
-            if not probe_one(flight, least[0].label, lower, target, so_far, found):
+            if probe_one(flight, least[0].label, lower, target, so_far, found) is not None:
                 break
-    if plan is not None and found:
-        plan["seconds"] = plan["steps"] * found[0][0].seconds_per_step
-    return [c.describe() | {"losses": probe.losses} for c, _, probe in found]
+    rows = [c.describe() | {"losses": probe.losses, "planned": phase is planned[0][1]} for c, phase, probe in found]
+    for row in rows:
+        if plan is not None and row["planned"]:
+            plan["seconds"] = plan["steps"] * row["seconds_per_step"]
+    return rows
 
 
 def probe_one(
     flight: Preflight, label: str, phase: Phase, target: Watched, so_far: dict[str, Any],
     found: list[tuple[Candidate, Phase, Any]],
-) -> bool:  # fmt: skip
-    """Probe one setting and append it; a setting that cannot be carried out is noted."""
+) -> str | None:  # fmt: skip
+    """Probe one setting and append it; one that cannot be carried out is noted, and the reason returned."""
     from addlang.preflight.probe import run_probe
     from addlang.run import check_model, check_requirements
 
@@ -391,10 +396,11 @@ def probe_one(
             steps=flight.settings.probe_steps, base_dir=flight.base_dir, target=target,
         )  # fmt: skip
     except AddlangError as error:
-        flight.notes.append(f"{label}: not probed. {error.message}" + (f" ({error.fix})" if error.fix else ""))
-        return False
+        reason = error.message + (f" ({error.fix})" if error.fix else "")
+        flight.notes.append(f"{label}: not probed. {reason}")
+        return reason
     found.append((candidate(flight, label, phase, probe, so_far), phase, probe))
-    return True
+    return None
 
 
 def validate(phase: Phase) -> None:

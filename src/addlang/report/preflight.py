@@ -90,15 +90,16 @@ def _probes(result: dict[str, Any]) -> Section:
         return _missing("Forecast of what is lost")
     rows = [
         [
-            ("planned: " if i == 0 else "") + p["label"], f"{p['learning_rate']:g}", f"{p['gained']:+.3f}", f"{p['shift']:.3f}",
+            ("planned: " if p["planned"] else "") + p["label"], f"{p['learning_rate']:g}", f"{p['gained']:+.3f}", f"{p['shift']:.3f}",
             _forecast(p["forecast"]), f"{p['seconds_per_step']:.3g} s",
         ]
-        for i, p in enumerate(probes)
+        for p in probes
     ]  # fmt: skip
     why = list(dict.fromkeys(line for p in probes for line in p["forecast"]["why"]))
     lines = [
         f"Probes of {result['settings']['probe_steps']} steps; the forecast is for all {result['settings']['steps']:,} steps, "
         "as the share of the source's scores that is lost, with 90 % intervals.",
+        *([f"The planned setting was not probed: {result['not_probed']}"] if "not_probed" in result else []),
         *why[:6],
     ]
     columns = ["setting", "learning rate", "target gained", "source changed", "source lost, forecast", "per step"]
@@ -244,7 +245,7 @@ def _plan(result: dict[str, Any]) -> Section:
     if plan is None:
         return _missing("Memory and time")
     time = (
-        "not known, because no probe was run"
+        "not known, because the planned setting was not probed"
         if plan["seconds"] is None
         else f"about {duration(plan['seconds'])} on {plan['device']}, evaluation not counted"
     )

@@ -51,12 +51,23 @@ def run_study(
     found: dict[Cell, dict[str, Any]] = {}
     failed: list[dict[str, Any]] = []
     todo = []
+    stale: list[str] = []
     for cell, data in chosen.items():
-        kept = _known(Path(data["output_dir"]), data, base_dir)
+        try:
+            kept = _known(Path(data["output_dir"]), data, base_dir)
+        except AddlangError as error:
+            stale.append(error.message)
+            continue
         if kept is None:
             todo.append((cell, data))
         else:
             found[cell] = kept
+    if stale:
+        more = [f"and {len(stale) - 3} more"] if len(stale) > 3 else []
+        raise AddlangError(
+            "\n".join([f"{len(stale)} of {len(chosen)} runs cannot be taken as they are:", *stale[:3], *more]),
+            "undo the changes, choose another output_dir, or remove these directories to have their runs done again",
+        )
     if not finished and todo:
         gpus = devices()
         cores = os.cpu_count() or 1
@@ -109,23 +120,31 @@ def wanted(study: Study, cell: Cell, only: Sequence[str]) -> bool:
 
 
 def _known(path: Path, data: Mapping[str, Any], base_dir: Path) -> dict[str, Any] | None:
-    """The numbers of a run that is finished with this very recipe."""
-    from addlang.recipe import Recipe
-    from addlang.rundir import STATE, read_state
+    """The numbers of a run that is finished with this very recipe.
 
-    if not (path / STATE).is_file():
-        return None
-    state = read_state(path)
-    if state["status"] != "finished" or state["fingerprint"] != Recipe.parse(data, base_dir=base_dir).fingerprint:
+    Raises:
+        AddlangError: it was finished with other files.
+    """
+    from addlang.recipe import Recipe
+    from addlang.rundir import holds_finished, read_state
+
+    if not holds_finished(path, Recipe.parse(data, base_dir=base_dir), base_dir):
         return None
     kept = path / NUMBERS
-    return dict(json.loads(kept.read_text(encoding="utf-8"))) if kept.is_file() else gather(path)
+    if kept.is_file():
+        numbers = dict(json.loads(kept.read_text(encoding="utf-8")))
+        started = read_state(path).get("started")
+        if numbers.pop("started", started) == started:  # otherwise they are those of the run that was here before
+            return numbers
+    return gather(path)
 
 
 def _keep(path: Path, weights: bool) -> dict[str, Any]:
     """Write a run's numbers beside it; remove its weights unless they are wanted."""
+    from addlang.rundir import read_state
+
     numbers = gather(path)
-    write_json(path / NUMBERS, numbers)
+    write_json(path / NUMBERS, {**numbers, "started": read_state(path)["started"]})
     if not weights:
         for folder in (path, *(path / "phases").glob("*")):
             for pattern in WEIGHTS:
