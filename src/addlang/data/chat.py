@@ -124,6 +124,11 @@ def is_blank(messages: Sequence[Message]) -> bool:
     return not messages or not messages[-1]["content"].strip()
 
 
+def has_answer(messages: Sequence[Message]) -> bool:
+    """True if the assistant says something in it."""
+    return any(m["role"] == "assistant" for m in messages)
+
+
 def require_chat_template(tokenizer: Any) -> str:
     """The tokenizer's chat template.
 
@@ -164,7 +169,7 @@ def encode_conversation(messages: Sequence[Message], tokenizer: Any, *, loss_on:
         raise AddlangError(
             "conversations need a fast tokenizer: a slow one does not say where in the text a token stands"
         )
-    if loss_on == "responses" and not any(m["role"] == "assistant" for m in messages):
+    if loss_on == "responses" and not has_answer(messages):
         message = "the conversation has no assistant message, so no token would carry loss"
         raise AddlangError(message, "remove it, or set loss_on: all")
     if _GENERATION.search(template):
