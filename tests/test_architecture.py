@@ -83,6 +83,20 @@ def test_no_strategy_is_named_outside_its_file_and_the_defaults() -> None:
     assert found == []
 
 
+def test_one_module_renders_chat_templates() -> None:
+    """It fixes the date; what renders one past it depends on the day."""
+    renderers = {"apply_chat_template", "render_jinja_template"}
+    users = [
+        name(path)
+        for path in MODULES
+        if any(renderer in path.read_text(encoding="utf-8") for renderer in renderers)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute | ast.alias)
+        and renderers & {getattr(node, "attr", ""), getattr(node, "name", "")}
+    ]
+    assert set(users) == {"data/chat.py"}
+
+
 def test_no_pickle_and_no_unsafe_yaml_is_read() -> None:
     for path in MODULES:
         text = path.read_text(encoding="utf-8")

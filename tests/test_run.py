@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import random
 import signal
@@ -811,12 +812,37 @@ def test_torchrun_trains_what_one_process_trains_and_one_process_can_go_on(
     assert start(recipe).wait() == 0
     assert read_state(tmp_path / "out")["processes"] == 1
     assert verify_run(tmp_path / "out")["ok"]
-    mine, one, source = (
-        load_file(d / "model.safetensors") for d in (tmp_path / "out", tmp_path / "whole" / "out", Path(world.model))
-    )
-    apart = sum(float((mine[n] - one[n]).float().square().sum()) for n in one)
-    moved = sum(float((one[n] - source[n]).float().square().sum()) for n in one)
-    assert apart < 0.01**2 * moved
+    assert apart(tmp_path / "out", tmp_path / "whole" / "out", Path(world.model)) < 0.01
+
+
+@pytest.mark.slow
+def test_accelerate_launches_a_run_on_two_processes_and_its_settings_for_fsdp_do_nothing(
+    world: World, tmp_path: Path
+) -> None:
+    pytest.importorskip("accelerate")
+    for kind in (
+        "multi_gpu",
+        "use_fsdp",
+    ):  # both start processes as torchrun does; the recipe says that they use the CPU
+        recipe = long_recipe(world, tmp_path / kind, 1_536)
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", f"--{kind}", "--num_processes", "2"]
+        done = subprocess.run(
+            [*launcher, "-m", "addlang", "run", str(recipe)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout
+        assert read_state(tmp_path / kind / "out")["processes"] == 2
+        assert verify_run(tmp_path / kind / "out")["ok"]
+    execute(world.recipe(tmp_path / "one", tokens=1_536, save_steps=40))
+    assert same(tmp_path / "multi_gpu" / "out", tmp_path / "use_fsdp" / "out")
+    assert apart(tmp_path / "multi_gpu" / "out", tmp_path / "one", Path(world.model)) < 0.01
+
+
+def apart(run: Path, other: Path, source: Path) -> float:
+    """How far two runs' weights are from each other, as a share of the way that the other went from the source."""
+    mine, theirs, before = (load_file(d / "model.safetensors") for d in (run, other, source))
+    differ = sum(float((mine[n] - theirs[n]).float().square().sum()) for n in theirs)
+    return math.sqrt(differ / sum(float((theirs[n] - before[n]).float().square().sum()) for n in theirs))
 
 
 def test_a_base_model_needs_a_template_and_is_exported_with_it(world: World, tmp_path: Path) -> None:

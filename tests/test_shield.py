@@ -129,6 +129,38 @@ def test_clipping_in_a_trainer_sees_only_what_is_trained(tmp_path: Path) -> None
     assert norm == pytest.approx(float(torch.cat(trained).norm()), rel=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "fp32 masters of bf16"])
+def test_a_trainer_that_resumes_from_its_checkpoint_equals_one_that_was_not_interrupted(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    rows = torch.cat(batches(4))
+    finals = []
+    for start in (None, str(tmp_path / "checkpoint-2")):
+        model = make("llama-bias").to(dtype)
+        source, plan = snapshot(model), make_plan(model)
+        if start is not None:  # whatever it was before
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.mul_(1.1)
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=2, learning_rate=1e-2, weight_decay=0.1,
+            bf16=dtype == torch.bfloat16, save_steps=2, report_to=[], use_cpu=True,
+        )  # fmt: skip
+        data = [{"input_ids": row, "labels": row} for row in rows]
+        trainer = Trainer(model=shield(model, plan), args=arguments, train_dataset=data)
+        trainer.train(resume_from_checkpoint=start)
+        assert trainer.state.global_step == 4
+        finals.append({n: t.clone() for n, t in model.state_dict().items()})
+        assert_frozen_intact(plan, source, snapshot(unshield(model)))
+    assert all(torch.equal(finals[0][n], t) for n, t in finals[1].items())
+    assert any(bool((t != source[n]).any()) for n, t in finals[1].items())
+
+
 @pytest.mark.parametrize("number", range(1, len(BLOCKS)), ids=["plain", "trainer", "trl"])
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")

@@ -139,7 +139,9 @@ class TrainSettings(Strict):
     """One phase's optimisation. Defaults: Table 8 of the SSU paper."""
 
     tokens: Count | None = Field(
-        None, gt=0, description="training budget; None: one pass over the target data, at most the paper's 200M"
+        None,
+        gt=0,
+        description="training budget; None: one pass over the target data, and what is mixed in by weight on top, at most the paper's 200M",
     )
     epochs: float | None = Field(
         None, gt=0, description="the budget as passes over the phase's data, in place of tokens; whole batches"

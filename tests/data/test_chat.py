@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import warnings
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from addlang.data.builtin_sets import CHAT_TEMPLATES, builtin_template
+from addlang.data.cache import tokenizer_fingerprint
+from addlang.data.calibration import calibration_batches
 from addlang.data.chat import encode_conversation, to_messages
 from addlang.errors import AddlangError, AddlangWarning
+from addlang.evaluate.exact_match import chat_prompt
+from addlang.guards.sampling import turn_frame
 from addlang.models import load_tokenizer
+from addlang.schema import Calibration
 
 TALK = [
     {"role": "system", "content": "Be brief."},
@@ -188,3 +196,67 @@ def test_a_template_of_another_models_control_tokens_is_warned_of(tokenizer: Any
     with warnings.catch_warnings():
         warnings.simplefilter("error", AddlangWarning)
         load_tokenizer(tmp_path, builtin_template("chatml"))
+
+
+@pytest.fixture
+def on_a_day(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Calls a function on a day of November 2026, as far as transformers can tell."""
+    from transformers.utils import chat_template_utils
+
+    def call(day: int, function: Any, *args: Any, **kw: Any) -> Any:
+        class Day(datetime):
+            @classmethod
+            def now(cls, tz: Any = None) -> Any:
+                return cls(2026, 11, day)
+
+        monkeypatch.setattr(chat_template_utils, "datetime", Day)
+        return function(*args, **kw)
+
+    return call
+
+
+@pytest.mark.parametrize("template", [None, PLAIN], ids=["generation", "plain"])
+def test_what_is_trained_on_and_asked_does_not_depend_on_the_day(
+    tokenizer: Any, on_a_day: Any, template: str | None, tmp_path: Path
+) -> None:
+    """Llama 3.2 writes today's date; a run that is resumed tomorrow must see the same texts."""
+    head = "{%- if strftime_now is defined %}{{ '<|im_start|>' + strftime_now( \"%d %b %Y\" ) }}{% endif %}"
+    tokenizer.chat_template = head + (template or tokenizer.chat_template)
+    theirs = [on_a_day(d, tokenizer.apply_chat_template, TALK, tokenize=False) for d in (1, 2)]
+    assert theirs[0] != theirs[1], "or the test sees nothing"
+    (tmp_path / "c.jsonl").write_text(json.dumps({"messages": TALK[1:3]}))
+    calibration = Calibration.model_validate({"datasets": [{"path": str(tmp_path / "c.jsonl")}], "sequences": 1})
+    once, again = (
+        on_a_day(
+            day,
+            lambda: (
+                encode_conversation(TALK, tokenizer, loss_on="responses"),
+                chat_prompt(tokenizer, "the fox"),
+                turn_frame(tokenizer),
+                calibration_batches(calibration, tokenizer, language="en").fingerprint,
+            ),
+        )
+        for day in (1, 2)
+    )
+    assert once == again
+    assert tokenizer.decode(once[0][0]) == theirs[0].replace("01 Nov 2026", "26 Jul 2024")
+    assert tokenizer.decode(once[1]).startswith("<|im_start|>26 Jul 2024<|im_start|>user")
+
+
+def test_the_date_is_part_of_what_a_cache_is_named_by(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from addlang.data import chat
+
+    plain = tokenizer_fingerprint(tokenizer, chat=True)
+    dated = copy.deepcopy(tokenizer)
+    dated.chat_template = "{{ strftime_now('%Y') }}" + PLAIN
+    before = tokenizer_fingerprint(dated, chat=True)
+    monkeypatch.setattr(chat, "DATE", datetime(2030, 1, 1))
+    assert tokenizer_fingerprint(dated, chat=True) != before
+    assert tokenizer_fingerprint(tokenizer, chat=True) == plain
+
+
+def test_a_date_that_cannot_be_held_fixed_is_an_error(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{% set f = '%Y' %}{{ strftime_now(f) }}" + PLAIN
+    with pytest.raises(AddlangError, match="today's date") as caught:
+        encode_conversation(TALK, tokenizer, loss_on="all")
+    assert "strftime_now('%d %b %Y')" in (caught.value.fix or "")

@@ -64,6 +64,27 @@ def test_parts_have_the_tokens_and_steps_that_they_have_alone() -> None:
     assert mixture.notes[-1] == "as many steps as the phases it stands for: x 8 + y 13 = 21"
 
 
+@pytest.mark.parametrize("weight", [0.5, None], ids=["half", "by size"])
+def test_without_a_budget_the_target_is_read_once_whatever_is_mixed_in(weight: float | None) -> None:
+    replayed = {"path": "e", "role": "replay", "weight": weight}
+    data = [packed(40, 1), packed(60, 2)]
+    mixed, once = (mix(phase(["a", replayed], **keys), data, [None, weight], seed=0) for keys in ({}, {"epochs": 1}))
+    assert mixed.mixture.epochs[0] == pytest.approx(1, abs=0.05)
+    assert mixed.tokens == once.tokens == (1280 if weight else 1600)
+    assert mix(phase(["a"]), data[:1], [None], seed=0).tokens == 640
+    parts = [{"name": "x", "datasets": 2}, {"name": "y", "datasets": 1}]
+    as_parts = mix(phase(["a", replayed, "b"], parts=parts), [*data, packed(24, 3)], [None, weight, None], seed=0)
+    assert as_parts.mixture.epochs[[0, 2]] == pytest.approx([1, 1], abs=0.1)
+
+
+def test_one_pass_is_at_most_the_papers_tokens_with_what_is_mixed_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("addlang.train.schedule.PAPER_TOKENS", 1000)
+    specs = [{"path": "a"}, {"path": "e", "role": "replay", "weight": 0.5}]
+    data = [packed(40, 1), packed(60, 2)]
+    assert mix(phase(specs), data, [None, 0.5], seed=0).tokens == 1000
+    assert mix(phase(specs, epochs=1), data, [None, 0.5], seed=0).tokens == 1280
+
+
 @pytest.mark.parametrize(("append", "tokens", "share"), [(True, 1100, 0.1 / 1.1), (False, 1000, 0.1)])
 def test_replay_is_on_top_of_the_budget_or_in_place(append: bool, tokens: int, share: float) -> None:
     base = mix(phase(["a", "b"], tokens=1000), [packed(80, 1), packed(20, 2)], [None] * 2, seed=0)

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from tiny import make_tokenizer
 
-from addlang.data.prepare import PhaseData, prepare
+from addlang.data.prepare import PhaseData, labelled_chats, labelled_texts, prepare
 from addlang.errors import AddlangError, AddlangWarning
-from tinyrun import World, lexicon, text_rows, write_rows
+from addlang.schema import DatasetSpec
+from tinyrun import World, chat_rows, lexicon, text_rows, write_rows
 
 pytestmark = pytest.mark.usefixtures("offline")
 
@@ -91,3 +92,25 @@ def test_the_card_is_the_same_when_the_data_come_from_the_cache(world: World, tm
     assert first == second
     source = first["sources"][0]
     assert {"languages", "lengths", "dropped", "truncated", "licenses", "duplicates"} <= set(source)
+
+
+def test_evaluation_rows_of_a_directory_have_an_id_each_and_those_of_a_file_keep_theirs(tmp_path: Path) -> None:
+    """Ids of single files name cached evaluations."""
+    (tmp_path / "sub").mkdir()
+    for file, seed in (("a.jsonl", 1), ("sub/a.jsonl", 2)):
+        write_rows(tmp_path / file, text_rows(2, seed))
+    write_rows(tmp_path / "one.jsonl", chat_rows(2, 9))
+    both, one = DatasetSpec(path=str(tmp_path)), DatasetSpec(path=str(tmp_path / "one.jsonl"))
+    ids = [name for name, _ in labelled_texts((both, one))]
+    assert ids == [f"0:{f}:{n}" for f in ("a.jsonl", "one.jsonl", "sub/a.jsonl") for n in (1, 2)] + ["1:1", "1:2"]
+    assert [name for name, _ in labelled_chats((one, both))] == ["0:1", "0:2", "1:one.jsonl:1", "1:one.jsonl:2"]
+
+
+def test_conversations_without_an_answer_are_held_out_as_text_and_not_as_answers(world: World, tmp_path: Path) -> None:
+    rows = chat_rows(60, 7)
+    asked = [{"messages": row["messages"][:1]} for row in rows[:30]]
+    mixed = write_rows(tmp_path / "mixed.jsonl", [*asked, *rows[30:]])
+    found = data(world, tmp_path, datasets=[{"path": mixed}], loss_on="all", sequence_length=128)
+    answered = [name for name, messages in found.heldout_chats if messages[-1]["role"] == "assistant"]
+    assert 0 < len(answered) == len(found.heldout_chats) < len(found.heldout)
+    assert {*answered} < {name for name, _ in found.heldout}

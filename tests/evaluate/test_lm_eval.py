@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import builtins
+import copy
 import dataclasses
 import json
 import logging
 import random
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +123,22 @@ def test_replies_of_a_local_task_equal_our_own(model: Any, tokenizer: Any, folde
     assert [i.id for i in chrf.items] == [i.id for i in exact.items]
     assert chrf.settings["generation"]["tiny_write"]["max_gen_toks"] == 6
     assert Measurement.from_json(exact.to_json()) == exact
+
+
+def test_a_task_is_asked_alike_on_every_day(
+    model: Any, tokenizer: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.utils import chat_template_utils
+
+    dated = copy.deepcopy(tokenizer)
+    dated.chat_template = "{{ strftime_now('%A') }}" + tokenizer.chat_template
+    scores = []
+    for day in (1, 2):
+        today = type("Day", (datetime,), {"now": classmethod(lambda cls, day=day: cls(2026, 11, day))})
+        monkeypatch.setattr(chat_template_utils, "datetime", today)
+        (m,) = run(model, dated, ["choice.yaml"], base_dir=folder, apply_chat_template=True)
+        scores.append([item.detail["scores"] for item in m.items])
+    assert scores[0] == scores[1]
 
 
 def test_two_runs_pair_item_by_item(model: Any, tokenizer: Any, new_model: Any, folder: Path) -> None:

@@ -43,6 +43,21 @@ def build(evaluation: Evaluation, tokenizer: Any, base_dir: Path, **changes: Any
     return build_suite(evaluation, tokenizer=tokenizer, base_dir=base_dir, **{**settings, **changes})
 
 
+def test_source_text_and_prompts_in_directories_of_several_files_are_measured(
+    model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "rows").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "rows" / f"{name}.jsonl").write_text(f'{{"text": "the cat {name}"}}\n')
+    evaluation = Evaluation.model_validate(
+        {"source_datasets": [{"path": "rows"}], "replies": {"prompts": "rows", "max_new_tokens": 2}}
+    )
+    outcome = evaluate_model(model, build(evaluation, tokenizer, tmp_path))
+    ids = {m.metric: [item.id for item in m.items] for m in outcome if m.role == "source"}
+    assert ids["bits_per_byte"] == ["0:a.jsonl:1", "0:b.jsonl:1"]
+    assert ids["degenerate_replies"] == ["rows:a.jsonl:1", "rows:b.jsonl:1"]
+
+
 def test_a_suite_measures_source_and_target_side_by_side(
     model: Any, tokenizer: Any, recipe: Evaluation, tmp_path: Path
 ) -> None:

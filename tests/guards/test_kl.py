@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import make_model, make_tokenizer
 
-from addlang.errors import AddlangError
+from addlang.errors import AddlangError, AddlangWarning
 from addlang.freeze.proof import bits
 from addlang.guards import GuardContext, make_guard
 from addlang.models import Checkpoint
@@ -55,6 +55,13 @@ def test_the_given_conversations_are_packed_and_the_long_one_is_cut_and_counted(
     assert about["sampled_conversations"] == 3
     assert about["sampled_cut"] == 1
     assert about["sampled_tokens"] == 5 + 3 + 64
+
+
+def test_given_conversations_that_are_read_too_often_are_warned_of(tmp_path: Path) -> None:
+    with pytest.warns(
+        AddlangWarning, match=r"^kl: its 3 conversations are read 36 times.*raise calibration\.sequences"
+    ):
+        start(make_model("llama"), tmp_path, share=0.5)
 
 
 def test_the_source_has_no_divergence_from_itself_and_a_changed_model_has(tmp_path: Path) -> None:

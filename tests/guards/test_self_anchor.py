@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 import torch
 from tiny import make_model, make_tokenizer
 
-from addlang.errors import AddlangError
+from addlang.errors import AddlangError, AddlangWarning
 from addlang.guards import GuardContext, make_guard
 from addlang.guards.anchored import rows_at_a_time
 from addlang.guards.sampling import turn_frame
@@ -140,6 +142,22 @@ def test_conversations_are_sampled_in_the_chat_template_and_cached(
     again = guard.start(context(model, tmp_path))
     assert len(writer.prompts) == calls
     assert np.array_equal(again.teacher.tokens, active.teacher.tokens)
+
+
+def test_conversations_that_are_read_too_often_are_warned_of_with_the_number_that_would_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("addlang.evaluate.generation.sample", Writer(["the cat ran to #"], ["the hat #"]))
+    guard, model = make_guard("self_anchor", {"conversations": 8, **LOOSE}), make_model("llama")
+    with pytest.warns(AddlangWarning, match=r"^self_anchor: its 8 conversations are read \d+ times") as caught:
+        active = guard.start(context(model, tmp_path, steps=100))
+    times, enough = re.findall(r"read (\d+) times.*raise conversations \(with (\d+) it", str(caught[0].message))[0]
+    rows = np.concatenate([active.order.at(step) for step in range(1, 101)])
+    assert np.bincount(rows).mean() == pytest.approx(int(times), abs=1)
+    assert int(enough) == pytest.approx(8 * int(times) / 10, abs=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", AddlangWarning)
+        guard.start(context(model, tmp_path, steps=100 * 9 // int(times)))
 
 
 def test_poor_samples_are_dropped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,8 +33,9 @@ from addlang.preflight.run import (
     target_text,
 )
 from addlang.preflight.tokens import byte_characters, fit_of
-from addlang.preflight.watch import Reading, Watched, collate, read
+from addlang.preflight.watch import Reading, Watched, collate, read, watched
 from addlang.report.preflight import preflight_html, sections
+from addlang.schema import Calibration
 from tinyrun import World, chat_rows, without_weights, write_rows
 
 
@@ -51,6 +52,14 @@ def test_a_reading_is_the_models_log_probability_of_every_watched_token() -> Non
     assert found.logp[:3] == pytest.approx(expected, abs=1e-5)
     assert len(found.logp) == 4
     assert found.loss == pytest.approx(-found.logp.mean())
+
+
+def test_conversations_without_an_answer_are_not_watched(tmp_path: Path) -> None:
+    talks = chat_rows(6, 3)
+    file = write_rows(tmp_path / "c.jsonl", [{"messages": row["messages"][: 1 + i % 2]} for i, row in enumerate(talks)])
+    calibration = Calibration.model_validate({"datasets": [{"path": file}]})
+    found = watched(calibration, make_tokenizer(), language="en", sequence_length=96, base_dir=None)
+    assert found.source == f"{file} (3)"
 
 
 def test_gradients_agree_with_themselves_and_oppose_their_negation() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from addlang.builders.backend import Reply, Request
 from addlang.builders.prompt import messages
+from addlang.data.chat import render, require_chat_template
 from addlang.errors import AddlangError, did_you_mean
 
 WINDOW = 16  # batches whose requests are sorted by length together, so that little is padding
@@ -120,12 +121,10 @@ class LocalModel:
             return list(tokenizer(self.prefix + request.text, verbose=False)["input_ids"])
         asked = messages(request, self.prompt, **self.languages)
         try:
-            text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-        except Exception:  # templates raise what their authors wrote; some know no system message
+            text = render(asked, tokenizer, prompt=True)
+        except AddlangError:  # some templates know no system message
             joined = "\n\n".join(m["content"] for m in asked)
-            text = tokenizer.apply_chat_template(
-                [{"role": "user", "content": joined}], tokenize=False, add_generation_prompt=True
-            )
+            text = render([{"role": "user", "content": joined}], tokenizer, prompt=True)
         return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _causal(self, model: Any, tokenizer: Any, ids: list[list[int]], new: int, attempt: int) -> list[list[int]]:
@@ -177,7 +176,6 @@ class LocalModel:
         return self._loaded
 
     def _load_causal(self) -> tuple[Any, Any]:
-        from addlang.data.chat import require_chat_template
         from addlang.models import load_model, load_tokenizer
 
         tokenizer = load_tokenizer(self.directory)

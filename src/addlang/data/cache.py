@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from addlang.data.chat import dated
 from addlang.errors import AddlangError, AddlangWarning
 
 
@@ -35,6 +36,7 @@ def tokenizer_fingerprint(tokenizer: Any, *, chat: bool = False) -> str:
     else:
         content = json.dumps(sorted(tokenizer.get_vocab().items()))
     template = getattr(tokenizer, "chat_template", None) if chat else None
+    template = dated(template) if isinstance(template, str) else template
     return fingerprint(hashlib.sha256(content.encode()).hexdigest(), tokenizer.special_tokens_map, template)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any, Literal
 
 from addlang.errors import AddlangError, did_you_mean
@@ -30,6 +31,8 @@ _ROLE_OF = {
 }
 _SHAREGPT_ONLY = {"human", "gpt", "model", "bot", "chatgpt"}
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+DATE = datetime(2024, 7, 26)  # to every template; the day that Llama's templates name where they cannot ask for one
+_TODAY = re.compile(r"""strftime_now\(\s*(['"])([^'"\\]*)\1\s*\)""")
 
 
 def to_messages(row: Mapping[str, Any], format: str) -> list[Message]:
@@ -124,20 +127,43 @@ def is_blank(messages: Sequence[Message]) -> bool:
     return not messages or not messages[-1]["content"].strip()
 
 
-def require_chat_template(tokenizer: Any) -> str:
-    """The tokenizer's chat template.
+def has_answer(messages: Sequence[Message]) -> bool:
+    """True if the assistant says something in it."""
+    return any(m["role"] == "assistant" for m in messages)
+
+
+def dated(template: str) -> str:
+    """The template with ``DATE`` in place of today: what a model is trained on and asked must not depend on the day.
+
+    It is written into the template, because transformers lets no function through to one.
 
     Raises:
-        AddlangError: it has none.
+        AddlangError: a format that is no plain text.
+    """
+    template = _TODAY.sub(lambda call: call[1] + DATE.strftime(call[2]) + call[1], template)
+    if re.search(r"strftime_now\s*\(", template):
+        raise AddlangError(
+            "the chat template asks for today's date by more than a plain format, so that every day would have other texts",
+            "write the format into the call, strftime_now('%d %b %Y'), or a date in its place",
+        )
+    return template
+
+
+def require_chat_template(tokenizer: Any) -> str:
+    """The tokenizer's chat template, with a fixed date.
+
+    Raises:
+        AddlangError: it has none; or see :func:`dated`.
     """
     try:
-        return str(tokenizer.get_chat_template())
+        template = str(tokenizer.get_chat_template())
     except (ValueError, AttributeError):
         raise AddlangError(
             f"tokenizer '{getattr(tokenizer, 'name_or_path', '')}' has no chat template to encode conversations with",
             "give in the recipe the one with which the model was instruction-tuned (chat_template: FILE.jinja), or for a "
             "base model a built-in one, such as chat_template: alpaca",
         ) from None
+    return dated(template)
 
 
 def encode_conversation(messages: Sequence[Message], tokenizer: Any, *, loss_on: LossOn) -> tuple[list[int], list[int]]:
@@ -164,7 +190,7 @@ def encode_conversation(messages: Sequence[Message], tokenizer: Any, *, loss_on:
         raise AddlangError(
             "conversations need a fast tokenizer: a slow one does not say where in the text a token stands"
         )
-    if loss_on == "responses" and not any(m["role"] == "assistant" for m in messages):
+    if loss_on == "responses" and not has_answer(messages):
         message = "the conversation has no assistant message, so no token would carry loss"
         raise AddlangError(message, "remove it, or set loss_on: all")
     if _GENERATION.search(template):
@@ -178,9 +204,19 @@ def encode_conversation(messages: Sequence[Message], tokenizer: Any, *, loss_on:
     return (ids, [1] * len(ids)) if loss_on == "all" else (ids, loss)
 
 
-def _render(messages: Sequence[Message], tokenizer: Any, *, prompt: bool = False) -> str:
+def render(messages: Sequence[Message], tokenizer: Any, *, prompt: bool = False) -> str:
+    """A conversation as the chat template writes it; with ``prompt`` and the beginning of an answer.
+
+    Raises:
+        AddlangError: no chat template, or it refuses the conversation.
+    """
+    template = require_chat_template(tokenizer)
     try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt))
+        return str(
+            tokenizer.apply_chat_template(
+                list(messages), chat_template=template, tokenize=False, add_generation_prompt=prompt
+            )
+        )
     except Exception as error:  # templates raise whatever their authors wrote, mostly jinja2.TemplateError
         raise _refused(error, messages) from error
 
@@ -206,7 +242,7 @@ def _render_with_spans(messages: Sequence[Message], tokenizer: Any, template: st
             add_generation_prompt=False,
             **tokenizer.special_tokens_map,
         )
-    except Exception as error:  # as in _render
+    except Exception as error:  # as in render
         raise _refused(error, messages) from error
     return texts[0], [(int(a), int(b)) for a, b in spans[0]]
 
@@ -219,13 +255,13 @@ def _spans_from_prefixes(messages: Sequence[Message], tokenizer: Any) -> tuple[s
     (Qwen 3 puts an empty thinking block there); then the turn is its content and what the template writes after it,
     which must stand verbatim in the whole text.
     """
-    text = _render(messages, tokenizer)
+    text = render(messages, tokenizer)
     spans = []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt = _render(messages[:i], tokenizer, prompt=True)
-        turn = text if i + 1 == len(messages) else _render(messages[: i + 1], tokenizer)
+        prompt = render(messages[:i], tokenizer, prompt=True)
+        turn = text if i + 1 == len(messages) else render(messages[: i + 1], tokenizer)
         content = message["content"].strip()
         begin, end = len(prompt), len(turn)
         if not text.startswith(turn):

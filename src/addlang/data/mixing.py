@@ -73,16 +73,17 @@ def planned(
 ) -> int:
     """Tokens that a phase or part asks for.
 
-    ``epochs`` are passes over its target data (over all its data, where none is target data); what is mixed in by weight
-    comes on top, as its share demands.
+    ``epochs`` (without ``tokens``: one, at most the paper's tokens) are passes over its target data, or over all its data
+    where none is target data; what is mixed in by weight comes on top, as its share demands.
     """
+    if owner.tokens is not None:
+        return owner.tokens
     sizes = np.array([p.tokens_total for p in packed], dtype=np.float64)
     own = np.array([role == "target" for role in roles])
     if not own.any():
         own[:] = True
-    if owner.epochs is None:
-        return budget(owner, int(sizes[own].sum()))
-    return round(owner.epochs * float(sizes[own].sum()) / float(shares(sizes, weights)[own].sum()))
+    once = float(sizes[own].sum()) / float(shares(sizes, weights)[own].sum())
+    return budget(owner, round(once)) if owner.epochs is None else round(owner.epochs * once)
 
 
 def add_replay(mixed: Mixed, replayed: Packed, *, share: float, append: bool, name: str) -> Mixed:

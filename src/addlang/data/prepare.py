@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from addlang.data.cache import fingerprint
 from addlang.data.card import source_card
-from addlang.data.chat import LossOn, Message
+from addlang.data.chat import LossOn, Message, has_answer
 from addlang.data.contamination import ItemIndex
 from addlang.data.holdout import split_holdout
 from addlang.data.inspect import OnItems, Screen, inspect
@@ -44,7 +44,7 @@ class PhaseData:
     Attributes:
         mixed: what is drawn, and the budget that it was drawn for.
         heldout: (id, text) of target documents that are not trained on.
-        heldout_chats: (id, messages) of those of them that are conversations.
+        heldout_chats: (id, messages) of those of them that are conversations with an answer.
         card: plain data for the report: sources with rows, tokens, licences, duplicates; the held-out part. ``identity``
             is a hash of what was known before generative replay.
         pool: prompts of generative replay, to be answered by the model that the phase starts from; None: nothing is
@@ -143,9 +143,8 @@ def prepare(
     for number, split in enumerate(splits):
         names = [f"{number}:{i}:{row.line}" for i, row in enumerate(split.heldout)]
         heldout += [(name, row.content) for name, row in zip(names, split.heldout, strict=True)]
-        chats += [
-            (name, row.messages) for name, row in zip(names, split.heldout, strict=True) if has_answer(row.messages)
-        ]
+        talks = [(name, row.messages or []) for name, row in zip(names, split.heldout, strict=True)]
+        chats += [(name, messages) for name, messages in talks if has_answer(messages)]
     for number, split in enumerate(splits):
         elsewhere = [row.content for other, s in enumerate(splits) if other != number for row in s.heldout]
         splits[number] = split.excluding(elsewhere) if elsewhere else split
@@ -300,21 +299,24 @@ def _texts(spec: DatasetSpec, base_dir: Path | None) -> list[str]:
 
 def labelled_texts(specs: tuple[DatasetSpec, ...], base_dir: Path | None = None) -> list[tuple[str, str]]:
     """(id, text) of evaluation text."""
-    return [
-        (f"{n}:{row.line}", row.content) for n, spec in enumerate(specs) for row in read_rows(spec, base_dir=base_dir)
-    ]
+    return [(name, row.content) for n, spec in enumerate(specs) for name, row in labelled_rows(str(n), spec, base_dir)]
 
 
 def labelled_chats(specs: Sequence[DatasetSpec], base_dir: Path | None = None) -> list[tuple[str, list[Message]]]:
     """(id, messages) of evaluation data that are conversations with an answer."""
     return [
-        (f"{n}:{row.line}", row.messages)
+        (name, row.messages)
         for n, spec in enumerate(specs)
-        for row in read_rows(spec, base_dir=base_dir)
-        if has_answer(row.messages)
+        for name, row in labelled_rows(str(n), spec, base_dir)
+        if row.messages is not None and has_answer(row.messages)
     ]
 
 
-def has_answer(messages: list[Message] | None) -> TypeGuard[list[Message]]:
-    """Whether a row is a conversation with an answer."""
-    return messages is not None and any(m["role"] == "assistant" for m in messages)
+def labelled_rows(name: str, spec: DatasetSpec, base_dir: Path | None = None) -> Iterator[tuple[str, Row]]:
+    """(id, row) of evaluation data: ``name:line``, and in a directory of several files ``name:file:line``."""
+    rows = read_rows(spec, base_dir=base_dir)
+    several = rows.files is not None and len(rows.files) > 1
+    root = os.path.commonpath(rows.files) if rows.files else ""
+    for row in rows:
+        file = Path(os.path.relpath(row.file, root)).as_posix() + ":" if several else ""
+        yield f"{name}:{file}{row.line}", row

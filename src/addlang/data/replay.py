@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from addlang.data.cache import fingerprint, tokenizer_fingerprint
-from addlang.data.chat import encode_conversation, require_chat_template
+from addlang.data.chat import encode_conversation, render, require_chat_template
 from addlang.data.holdout import split_holdout
 from addlang.data.inspect import Screen
 from addlang.data.journal import Journal, locked
@@ -296,8 +296,7 @@ def prompt_of(row: Row) -> list[dict[str, str]]:
 
 
 def _prompt_ids(messages: list[dict[str, str]], tokenizer: Any) -> list[int]:
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids: list[int] = tokenizer(render(messages, tokenizer, prompt=True), add_special_tokens=False)["input_ids"]
     return ids
 
 

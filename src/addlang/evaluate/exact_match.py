@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from addlang.data.chat import render
 from addlang.evaluate.generation import greedy, stop_ids
 from addlang.evaluate.measurement import Item, Measurement, NotMeasuredError, Role
 
@@ -38,9 +39,7 @@ def chat_prompt(tokenizer: Any, prompt: str) -> list[int]:
             "the model has no chat template, so it cannot be asked",
             "give one with chat_template, or evaluate an instruction-tuned model",
         )
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-    )
+    text = render([{"role": "user", "content": prompt}], tokenizer, prompt=True)
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 

@@ -19,6 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from addlang.data.chat import require_chat_template
 from addlang.errors import AddlangError, did_you_mean
 from addlang.evaluate.generation import inference
 from addlang.evaluate.harness_results import measurements
@@ -78,9 +79,12 @@ def run_tasks(
         loaded = {name: _load(name, file) for name, file in files.items()}
         contents = {name: _content(loaded[name]["tasks"]) for name, file in files.items() if file is not None}
         decoding: dict[str, dict[str, Any]] = {name: {} for name in files}
+        own = copy.deepcopy(tokenizer)  # it sets padding
+        if apply_chat_template:
+            own.chat_template = require_chat_template(own)  # with a fixed date
         lm = _model_class()(
             pretrained=model,
-            tokenizer=copy.deepcopy(tokenizer),  # it sets padding
+            tokenizer=own,
             batch_size=batch_size,
             softmax_dtype="float32",
         )

@@ -342,7 +342,7 @@ def _add_replies(
 def reply_prompts(spec: RepliesEvaluation, base_dir: Path | None) -> list[tuple[str, str]]:
     """(id, prompt) from a file with a column ``prompt`` or ``text``, or the built-in ones."""
     from addlang.data.builtin_sets import builtin
-    from addlang.data.sources import read_rows
+    from addlang.data.prepare import labelled_rows
 
     path = str(builtin("prompts_en")) if spec.prompts is None else spec.prompts
     name = "prompts_en" if spec.prompts is None else Path(spec.prompts).name
@@ -350,7 +350,7 @@ def reply_prompts(spec: RepliesEvaluation, base_dir: Path | None) -> list[tuple[
     for column in ("prompt", "text"):
         data = DatasetSpec.model_validate({"path": path, "format": "text", "text_column": column, "limit": spec.limit})
         try:
-            return [(f"{name}:{row.line}", row.content) for row in read_rows(data, base_dir=base_dir)]
+            return [(label, row.content) for label, row in labelled_rows(name, data, base_dir)]
         except AddlangError as error:
             errors.append(error)
     raise errors[0]

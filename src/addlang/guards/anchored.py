@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from addlang.errors import AddlangWarning
 from addlang.guards.base import ActiveGuard, GuardContext
 
 if TYPE_CHECKING:
@@ -13,6 +16,7 @@ if TYPE_CHECKING:
 
 
 LOGITS = 1 << 28  # elements: 1 GiB in fp32
+MANY_PASSES = 10  # over the conversations: what was measured, see docs/results.md, is half a pass to ten
 
 
 def stored_teacher(
@@ -60,12 +64,13 @@ def rows_at_a_time(context: GuardContext) -> int:
     return max(1, min(tokens, LOGITS // vocabulary) // context.sequence_length)
 
 
-def anchored(guard: Any, teacher: Teacher, about: dict[str, Any], context: GuardContext) -> Anchored:
+def anchored(guard: Any, teacher: Teacher, about: dict[str, Any], context: GuardContext, *, size: str) -> Anchored:
     """Rows of the teacher in every step, as many as give the share asked for.
 
     Args:
         guard: has ``share``, ``weight``, ``schedule``, ``mode`` and ``temperature``.
-        about: has ``tokens``, those of the teacher's rows without padding.
+        about: has ``conversations`` and ``tokens``, those of the teacher's rows without padding.
+        size: the option that says how many conversations there are.
     """
     from addlang.guards.teacher import RowOrder
 
@@ -73,6 +78,15 @@ def anchored(guard: Any, teacher: Teacher, about: dict[str, Any], context: Guard
     per_row = about["tokens"] / len(teacher)
     target = 1 - context.read_by_guards
     per_step = context.batch * context.sequence_length * guard.share / target / per_row
+    passes = per_step * context.steps / len(teacher)
+    if passes > MANY_PASSES:
+        enough = math.ceil(about["conversations"] * passes / MANY_PASSES)
+        warnings.warn(
+            f"{guard.name}: its {about['conversations']:,} conversations are read {passes:.0f} times, and more than "
+            f"{MANY_PASSES} were never tried; raise {size} (with {enough:,} it is {MANY_PASSES} times), or lower share",
+            AddlangWarning,
+            stacklevel=2,
+        )
     return Anchored(guard, teacher, RowOrder(len(teacher), per_step, context.seed), about, context)
 
 

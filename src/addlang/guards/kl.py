@@ -57,4 +57,5 @@ class KL(Guard):
             cut = sum(len(ids) > context.sequence_length for ids in given.ids)
             return whole, {"conversations": len(whole), "cut": cut, "source": given.source}
 
-        return anchored(self, *stored_teacher(context, key, self.top_k, conversations), context)
+        found = stored_teacher(context, key, self.top_k, conversations)
+        return anchored(self, *found, context, size="calibration.sequences")

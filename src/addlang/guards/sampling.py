@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from addlang.data.chat import encode_conversation, render
 from addlang.errors import AddlangError
 from addlang.guards.base import GuardContext
 
@@ -111,7 +112,6 @@ def sample_conversations(
     Raises:
         AddlangError: the model does not write usable conversations.
     """
-    from addlang.data.chat import encode_conversation
     from addlang.evaluate.generation import sample
     from addlang.evaluate.generation import stop_ids as model_stops
     from addlang.evaluate.replies import identify, is_degenerate
@@ -170,12 +170,8 @@ def sample_conversations(
             instructions.append(text)
         if not instructions:
             continue
-        prompts = [
-            tokenizer(_render(tokenizer, [{"role": "user", "content": t}], prompt=True), add_special_tokens=False)[
-                "input_ids"
-            ]
-            for t in instructions
-        ]
+        asked = [render([{"role": "user", "content": t}], tokenizer, prompt=True) for t in instructions]
+        prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in asked]
         answers = turns(prompts, guard.max_answer_tokens, 2 * seed + 1)
         for text, ids in zip(instructions, answers, strict=True):
             answer = tokenizer.decode(ids, skip_special_tokens=False).strip()
@@ -274,7 +270,7 @@ def turn_frame(tokenizer: Any) -> Frame:
         AddlangError: the template changes the words, or has nothing before or after them.
     """
     remedy = "give conversations instead: guard kl, or ewc with data: calibration"
-    text = _render(tokenizer, [{"role": "user", "content": _MARK}], prompt=True)
+    text = render([{"role": "user", "content": _MARK}], tokenizer, prompt=True)
     if text.count(_MARK) != 1:
         raise AddlangError(
             "the chat template does not keep a user turn as it is, so conversations cannot be sampled from it", remedy
@@ -299,7 +295,3 @@ def turn_frame(tokenizer: Any) -> Frame:
         said = said.replace(token, "")
     begin = [text for text in said.splitlines() if text.strip()][-1:]
     return Frame(before, after, frozenset(), line + end, (*(text.strip() for text in begin), end))
-
-
-def _render(tokenizer: Any, messages: list[dict[str, str]], *, prompt: bool) -> str:
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))

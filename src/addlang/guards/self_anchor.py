@@ -54,4 +54,4 @@ class SelfAnchor(Sampling, Guard):
 
         key = fingerprint("self_anchor", VERSION, sampled_by(self, context), self.top_k)
         found = stored_teacher(context, key, self.top_k, lambda: stored_conversations(self, context))
-        return anchored(self, *found, context)
+        return anchored(self, *found, context, size="conversations")

@@ -256,12 +256,10 @@ def _schedule(step: int, steps: int) -> float:
 
 def evaluate_exact_match(model: Any, tokenizer: Any, items: list[world.Item], batch_size: int = 64) -> list[bool]:
     """Whether each item is answered exactly, by greedy decoding."""
+    from addlang.evaluate.exact_match import chat_prompt
     from addlang.evaluate.generation import greedy, stop_ids
 
-    chats = [[{"role": "user", "content": item.prompt}] for item in items]
-    prompts = [
-        tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=True)["input_ids"] for c in chats
-    ]
+    prompts = [chat_prompt(tokenizer, item.prompt) for item in items]
     replies = greedy(
         model, tokenizer, prompts, max_new_tokens=48, batch_size=batch_size, stop_ids=stop_ids(model, tokenizer)
     )

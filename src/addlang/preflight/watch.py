@@ -68,7 +68,7 @@ def watched(
         AddlangError: there are none in that language, or no chat template to write them with.
     """
     from addlang.data.builtin_sets import builtin
-    from addlang.data.chat import encode_conversation
+    from addlang.data.chat import encode_conversation, has_answer
     from addlang.data.holdout import Scan
     from addlang.data.sources import read_rows
     from addlang.schema import DatasetSpec
@@ -86,6 +86,8 @@ def watched(
         # other rows than those on which importance is scored, where there are enough: another seed
         for _, row in Scan.of(read_rows(spec, base_dir=base_dir), share, seed=1).smallest(share):
             if row.messages is not None and getattr(tokenizer, "chat_template", None):
+                if not has_answer(row.messages):
+                    continue
                 ids, loss = encode_conversation(row.messages, tokenizer, loss_on="responses")
             else:
                 ids = list(tokenizer(row.content, verbose=False)["input_ids"])
