@@ -22,6 +22,7 @@ from addlang.errors import AddlangError, PreemptedError
 from addlang.freeze.plan import FreezePlan
 from addlang.freeze.proof import bits
 from addlang.guards import ActiveGuard, make_guard
+from addlang.train.monitor import Trackers
 from addlang.train.shard import ALONE, World, join_world, sharding_of
 from training import Data, Killed, attach, make_exact, phase, run, weights
 
@@ -275,6 +276,22 @@ def test_sharding_must_fit_the_number_of_processes() -> None:
         sharding_of(phase(sharding="fsdp"), ALONE)
     with pytest.raises(AddlangError, match="sharding: none on 2 process"):
         sharding_of(phase(sharding="none"), World(1, 2))
+
+
+def test_closing_trackers_leaves_the_processes_connected(tmp_path: Path) -> None:
+    from accelerate.state import AcceleratorState
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        trackers = Trackers(phase(report_to="tensorboard"), tmp_path)
+        trackers.log({"step": 1, "loss": 2.5})
+        trackers.close()
+        dist.barrier()  # raises without a group
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert b"loss" in next(tmp_path.rglob("events*")).read_bytes(), "and what was logged is on disk"
 
 
 def test_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
