@@ -22,6 +22,7 @@ from addlang.errors import AddlangError, PreemptedError
 from addlang.freeze.plan import FreezePlan
 from addlang.freeze.proof import bits
 from addlang.guards import ActiveGuard, make_guard
+from addlang.train.loop import label_mass, own_rows
 from addlang.train.monitor import Trackers
 from addlang.train.shard import ALONE, World, join_world, sharding_of
 from training import Data, Killed, attach, make_exact, phase, run, weights
@@ -313,3 +314,14 @@ def test_rows_of_all_processes_are_the_batch(batch: int, size: int) -> None:
     parts = [World(r, size).rows(batch) for r in range(size)]
     assert [k for first, count in parts for k in range(first, first + count)] == list(range(batch))
     assert max(c for _, c in parts) - min(c for _, c in parts) <= 1
+
+
+def test_a_process_without_sequences_stays_within_the_step_and_adds_no_label() -> None:
+    class Bounded(Data):
+        def batch(self, first: int, count: int) -> Any:
+            assert 6 <= first <= first + count <= 8, "the step's sequences are 6 and 7, the run's last ones"
+            return super().batch(first, count)
+
+    parts = [own_rows(Bounded(), 6, 2, World(rank, 3)) for rank in range(3)]
+    assert [len(p["labels"]) for p in parts] == [1, 1, 1], "as many forward passes in every process"
+    assert [label_mass(p)[0] > 0 for p in parts] == [True, True, False]
