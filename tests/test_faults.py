@@ -349,6 +349,26 @@ def test_a_missing_shard_is_named_before_the_text_is_read(run_command: Run, tmp_
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (lambda t, name: t.update({name + "_scale": t[name]}), "stores '{}_scale', which is no parameter of the model"),
+        (lambda t, name: t.pop(name), "parameter '{}' is not stored in"),
+    ],
+    ids=["one-more", "one-less"],
+)  # fmt: skip
+def test_stored_tensors_that_are_not_the_models_parameters_are_named_before_the_text_is_read(
+    damage: Callable[[dict[str, torch.Tensor], str], object], message: str, run_command: Run, tmp_path: Path
+) -> None:
+    model = save_model(tmp_path / "model")
+    tensors, name = load_file(model / "model.safetensors"), "model.layers.0.self_attn.q_proj.weight"
+    damage(tensors, name)
+    save_file({n: t.clone() for n, t in tensors.items()}, model / "model.safetensors", {"format": "pt"})
+    code, error = run_command(model_name_or_path=str(model), datasets=[{"path": str(tmp_path)}])
+    assert code == 1
+    assert message.format(name) in error
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
         (lambda b: b[:-100], "model.safetensors is torn: "),
         (lambda b: b[:20], "model.safetensors is torn or no safetensors file"),
         (lambda b: b"", "model.safetensors is torn or no safetensors file"),

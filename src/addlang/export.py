@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from addlang.errors import AddlangError
-from addlang.freeze.proof import tied_names
+from addlang.freeze.proof import frozen_part, tied_names
 from addlang.models import TOKENIZER_FILES, Checkpoint
 from addlang.train.shard import ALONE, World
 
@@ -58,7 +58,7 @@ def write_checkpoint(source: Checkpoint, trained: Mapping[str, Tensor], plan: Fr
     import torch
     from safetensors.torch import save_file
 
-    twins = tied_names(source, plan)
+    twins = tied_names(source, plan.entries)
     stored = {twins.get(n, n) for n in source.header}
     for name in trained:
         if name not in stored:
@@ -68,7 +68,7 @@ def write_checkpoint(source: Checkpoint, trained: Mapping[str, Tensor], plan: Fr
         tensors: dict[str, Tensor] = {}
         for name, old in source.tensors(file):
             key = twins.get(name, name)
-            entry = plan[key]
+            entry = frozen_part(name, source, plan, twins)
             if key not in trained:
                 if entry.kind != "all":
                     raise AddlangError(f"'{key}' was planned trainable but the strategy does not export it")

@@ -460,7 +460,8 @@ def check_requirements(recipe: Recipe) -> None:
 
 
 def check_model(recipe: Recipe, source: Path, tokenizer: Any, *, weights: bool = True) -> None:
-    """What the model's directory must offer: whole files, a long enough context, a chat template to score conversations.
+    """What the model's directory must offer: whole files with every parameter and nothing else, a long enough context, a chat
+    template to score conversations.
 
     Args:
         weights: False: they are not at hand, and not needed.
@@ -470,11 +471,13 @@ def check_model(recipe: Recipe, source: Path, tokenizer: Any, *, weights: bool =
     """
     from addlang.data.chat import require_chat_template
     from addlang.evaluation import context_length
+    from addlang.freeze.proof import tied_names
     from addlang.guards.sampling import turn_frame
     from addlang.models import Checkpoint, check_liger, skeleton
     from addlang.train.optimizers import check_types
 
-    stored = Checkpoint(source).dtype if weights else None  # complete and whole, as its headers say
+    checkpoint = Checkpoint(source) if weights else None  # complete and whole, as its headers say
+    stored = None if checkpoint is None else checkpoint.dtype
     longest = context_length(source)
     window = recipe.evaluation.sequence_length
     if window is not None and window > longest:
@@ -495,6 +498,8 @@ def check_model(recipe: Recipe, source: Path, tokenizer: Any, *, weights: bool =
         if phase.execution != "auto":
             model = skeleton(source)
             phase.strategy.check_execution(model, phase.strategy.outline(model), phase.execution)
+    if checkpoint is not None:  # the export would refuse it
+        tied_names(checkpoint, dict(skeleton(source).named_parameters()))
     needs = [what for p in recipe.phases for part in (p.strategy, *p.all_guards) for what in part.requires()]
     if "source_text" in needs or "chat_template" in needs:
         require_chat_template(tokenizer)

@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 from addlang.errors import AddlangError
+from addlang.freeze import split_linear
 from addlang.freeze.execution import attach_plan
 from addlang.freeze.overlay import Overlay
 from addlang.freeze.plan import FreezePlan, Frozen
@@ -251,6 +252,40 @@ def test_checkpoint_recomputation_keeps_the_dense_weight_for_backward(monkeypatc
         model(input_ids=batches(1)[0], labels=batches(1)[0]).loss.backward()
         counts[checkpointing] = len(built) / sum(isinstance(m, SplitLinear) for m in model.modules())
     assert counts == {False: 2.0, True: 2.0}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_pass_in_inference_mode_does_not_spoil_training(
+    form: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = []
+    for inference in (False, True):
+        monkeypatch.setattr(split_linear, "_spare", {})
+        model = make("qwen2")
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        attached = attach_plan(model, make_plan(model), f"split_{form}")
+        if inference:
+            with torch.inference_mode():
+                model(input_ids=batches(1)[0])
+        losses.append(train(attached, steps=2)[0])
+    assert losses[0] == losses[1]
+
+
+def test_batches_of_many_lengths_hold_no_more_memory_than_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("llama-bias")
+    attach_plan(model, make_plan(model), "split_assemble")
+
+    def held(*lengths: int) -> list[tuple[int, ...]]:
+        monkeypatch.setattr(split_linear, "_spare", {})
+        for length in lengths:
+            ids = torch.arange(3, 3 + length).view(1, -1)
+            model(input_ids=ids, labels=ids).loss.backward()
+        return sorted(tuple(t.shape) for tensors in split_linear._spare.values() for t in tensors)
+
+    assert any(shape[0] == 20 for shape in held(20)), "the trained columns of 20 tokens"
+    assert held(9, 15, 20) == held(20)
 
 
 @pytest.mark.parametrize("kind", ["columns", "rows"])

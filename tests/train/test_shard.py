@@ -22,6 +22,8 @@ from addlang.errors import AddlangError, PreemptedError
 from addlang.freeze.plan import FreezePlan
 from addlang.freeze.proof import bits
 from addlang.guards import ActiveGuard, make_guard
+from addlang.train.loop import label_mass, own_rows
+from addlang.train.monitor import Trackers
 from addlang.train.shard import ALONE, World, check_sharding, join_world, sharding_of
 from training import Data, Killed, attach, make_exact, phase, run, weights
 
@@ -314,6 +316,22 @@ def test_what_cannot_be_spread_is_refused_by_name_and_nothing_else(
             assert check_sharding(phase(sharding=sharding, **settings), world) == sharding
 
 
+def test_closing_trackers_leaves_the_processes_connected(tmp_path: Path) -> None:
+    from accelerate.state import AcceleratorState
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        trackers = Trackers(phase(report_to="tensorboard"), tmp_path)
+        trackers.log({"step": 1, "loss": 2.5})
+        trackers.close()
+        dist.barrier()  # raises without a group
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert b"loss" in next(tmp_path.rglob("events*")).read_bytes(), "and what was logged is on disk"
+
+
 def test_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(AddlangError, match="DeepSpeed is not supported"), join_world("cpu"):
@@ -333,3 +351,14 @@ def test_rows_of_all_processes_are_the_batch(batch: int, size: int) -> None:
     parts = [World(r, size).rows(batch) for r in range(size)]
     assert [k for first, count in parts for k in range(first, first + count)] == list(range(batch))
     assert max(c for _, c in parts) - min(c for _, c in parts) <= 1
+
+
+def test_a_process_without_sequences_stays_within_the_step_and_adds_no_label() -> None:
+    class Bounded(Data):
+        def batch(self, first: int, count: int) -> Any:
+            assert 6 <= first <= first + count <= 8, "the step's sequences are 6 and 7, the run's last ones"
+            return super().batch(first, count)
+
+    parts = [own_rows(Bounded(), 6, 2, World(rank, 3)) for rank in range(3)]
+    assert [len(p["labels"]) for p in parts] == [1, 1, 1], "as many forward passes in every process"
+    assert [label_mass(p)[0] > 0 for p in parts] == [True, True, False]

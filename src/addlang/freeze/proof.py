@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from addlang.errors import AddlangError
+from addlang.freeze.plan import Frozen
 from addlang.models import Checkpoint
 
 if TYPE_CHECKING:
@@ -42,14 +44,14 @@ def prove(source: Checkpoint, adapted: Checkpoint, plan: FreezePlan) -> dict[str
         )
     for name in sorted(set(source.header) ^ set(adapted.header)):
         raise AddlangError(f"tensor '{name}' is in only one of {source.directory} and {adapted.directory}")
-    twins = tied_names(source, plan)
+    twins = tied_names(source, plan.entries)
     rows: list[dict[str, Any]] = []
     for name in source.names():
         if source.header[name] != adapted.header[name]:
             raise AddlangError(
                 f"tensor '{name}' is {source.header[name]} in the source and {adapted.header[name]} in the result"
             )
-        entry = plan[twins.get(name, name)]
+        entry = frozen_part(name, source, plan, twins)
         differs = bits(source.get(name)) != bits(adapted.get(name))
         total = int(differs.sum())
         if entry.kind == "all":
@@ -87,28 +89,34 @@ def prove(source: Checkpoint, adapted: Checkpoint, plan: FreezePlan) -> dict[str
     }
 
 
-def tied_names(source: Checkpoint, plan: FreezePlan) -> dict[str, str]:
-    """Stored tensor name -> plan name, for a head that is stored although it is tied to the embedding.
+def frozen_part(stored: str, source: Checkpoint, plan: FreezePlan, twins: Mapping[str, str]) -> Frozen:
+    """What of a stored tensor must not change; a buffer is copied, so all of it."""
+    return Frozen(source.header[stored][1], "all") if is_buffer(stored) else plan[twins.get(stored, stored)]
+
+
+def is_buffer(stored: str) -> bool:
+    """Rotary frequencies, which Llama 2's files hold although every model computes them from its configuration."""
+    return stored.endswith(".rotary_emb.inv_freq")
+
+
+def tied_names(source: Checkpoint, parameters: Collection[str]) -> dict[str, str]:
+    """Stored tensor name -> parameter, for a head that is stored although it is tied to the embedding.
 
     Raises:
-        AddlangError: a stored tensor that the plan does not know, or a planned one that is not stored.
+        AddlangError: a stored tensor that is no parameter (nor a known buffer), or a parameter that is not stored.
     """
-    extra = [n for n in source.header if n not in plan.entries]
-    missing = [n for n in plan.entries if n not in source.header]
     twins: dict[str, str] = {}
-    embeddings = [n for n in plan.entries if n.endswith("embed_tokens.weight")]
-    for name in extra:
-        if name.endswith("lm_head.weight") and embeddings:
-            twins[name] = embeddings[0]
-        elif name.endswith("rotary_emb.inv_freq"):
+    embeddings = [n for n in parameters if n.endswith("embed_tokens.weight")]
+    for name in source.header:
+        if name in parameters or is_buffer(name):
+            continue
+        if not name.endswith("lm_head.weight") or not embeddings:
             raise AddlangError(
-                f"the checkpoint stores a buffer, '{name}'", "save the model again with a current transformers"
+                f"{source.directory} stores '{name}', which is no parameter of the model its config.json describes",
+                "save the model again with save_pretrained of AutoModelForCausalLM",
             )
-        else:
-            raise AddlangError(
-                f"the checkpoint stores '{name}', which is no parameter of the model",
-                "save the model again with save_pretrained",
-            )
+        twins[name] = embeddings[0]
+    missing = [n for n in parameters if n not in source.header]
     if missing:
         raise AddlangError(
             f"parameter '{missing[0]}' is not stored in {source.directory}", "save the model again with save_pretrained"

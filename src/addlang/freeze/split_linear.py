@@ -241,21 +241,32 @@ def assemble(frozen: Tensor, trainable: Tensor, at_frozen: Tensor, at_trainable:
 _spare: dict[tuple[tuple[int, ...], torch.dtype], list[Tensor]] = {}
 
 
-def _borrow(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _borrow(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, activation: bool = False) -> Tensor:
     """An uninitialised tensor. CPU memory is used again and again: a new block of megabytes comes from the system page
-    by page, which takes longer than filling it. (A GPU has its caching allocator.)"""
-    if device.type == "cpu" and not torch.compiler.is_compiling():
+    by page, which takes longer than filling it. (A GPU has its caching allocator.)
+
+    Args:
+        activation: the first dimension counts tokens, which differ from batch to batch outside of packed text. Only the last
+            such length of a width is kept, or every length would hold memory of its own for good.
+    """
+    if torch.compiler.is_compiling():
+        return torch.empty(shape, dtype=dtype, device=device)
+    if device.type == "cpu":
         try:
-            return _spare[shape, dtype].pop()
+            found = _spare[shape[1:] if activation else shape, dtype].pop()
+            if found.shape == shape:
+                return found
         except (KeyError, IndexError):  # asked and taken in one, for other threads borrow too
             pass
-    return torch.empty(shape, dtype=dtype, device=device)
+    with torch.inference_mode(False):  # it outlives the caller's mode, and autograd saves no inference tensor
+        return torch.empty(shape, dtype=dtype, device=device)
 
 
-def give_back(x: Tensor) -> None:
+def give_back(x: Tensor, *, activation: bool = False) -> None:
     """Nothing refers to this temporary any more; the next one of its shape may use its memory."""
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        _spare.setdefault((tuple(x.shape), x.dtype), []).append(x)
+        shape = tuple(x.shape)
+        _spare.setdefault((shape[1:] if activation else shape, x.dtype), []).append(x)
 
 
 class _SplitProduct(torch.autograd.Function):
@@ -340,7 +351,7 @@ class _SplitProduct(torch.autograd.Function):
                 wide, other = (x, g) if columns else (g, x)
                 part = _take(wide, layer.index_trainable)
                 dw = part.t() @ other
-                give_back(part)
+                give_back(part, activation=True)
             dw = dw.to(layer.weight_trainable.dtype)
         if ctx.needs_input_grad[5]:
             db = g.sum(0).to(ctx.bias_dtype)
@@ -351,7 +362,7 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
     """``x[:, index]``; on a CPU index_select copies 16-bit elements 1.4 times slower than gather."""
     if x.is_cuda:
         return take_columns(x, index)
-    out = _borrow((x.shape[0], len(index)), x.dtype, x.device)
+    out = _borrow((x.shape[0], len(index)), x.dtype, x.device, activation=True)
     if x.device.type == "cpu" and x.element_size() == 2:
         return torch.gather(x, 1, index.expand(x.shape[0], -1), out=out)
     return torch.index_select(x, 1, index, out=out)

@@ -216,7 +216,8 @@ def own_rows(data: TrainingData, first: int, batch: int, world: World) -> dict[s
     """
     start, count = world.rows(batch)
     share = -(-batch // world.size)
-    arrays = data.batch(first + start, max(count, 1))
+    # a process without sequences reads the step's last one: behind the last step there is none
+    arrays = data.batch(first + min(start, batch - 1), max(count, 1))
     if count == share:
         return arrays
     arrays = {k: np.concatenate([v[:count], np.repeat(v[:1], share - count, axis=0)]) for k, v in arrays.items()}

@@ -150,7 +150,8 @@ class Trackers:
 
     def close(self) -> None:
         if self._accelerator is not None:
-            self._accelerator.end_training()
+            for tracker in self._accelerator.trackers:  # end_training() would end the process group too
+                tracker.finish()
 
 
 def _has_cuda() -> bool:

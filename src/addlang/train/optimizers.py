@@ -220,6 +220,11 @@ def check_types(phase: Phase, stored: torch.dtype) -> None:
             f"phase '{phase.name}': precision: {phase.precision} contradicts master_weights: model, for the checkpoint is stored in {own}",
             "leave precision out, or use master_weights: fp32",
         )
+    if stored == torch.float16:
+        raise AddlangError(
+            f"phase '{phase.name}': master_weights: model would train in float16, in which gradients and Adam's second moments round to 0",
+            "use master_weights: fp32",
+        )
     if phase.optimizer == "adamw_bf16_sr" and stored != torch.bfloat16:
         raise AddlangError(
             f"phase '{phase.name}': optimizer adamw_bf16_sr needs a checkpoint that is stored in bf16; this one is stored in {own}",

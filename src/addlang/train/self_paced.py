@@ -226,8 +226,7 @@ class SelfPacedData:
         """(count, 2): data set, and the number of the sequence within that data set and the stage."""
         begin = self.stage * self.every * self.schedule.batch
         end = min(begin + self.every * self.schedule.batch, len(self.data.mixture))
-        first = min(first, end - count)  # a process without rows of its own reads one whose labels do not count
-        assert begin <= first, "the loop reads one stage after another"
+        assert begin <= first <= first + count <= end, "the loop reads one stage after another"
         sources = self.data.mixture.locate_many(begin, end - begin)[0]
         turns = np.zeros(len(sources), np.int64)
         for s in np.unique(sources):
