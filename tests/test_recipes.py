@@ -110,7 +110,9 @@ def test_every_arm_of_a_lab_table_has_three_learning_rates(name: str) -> None:
 def test_the_labs_lota_is_that_of_the_papers_tables() -> None:
     def lota(name: str) -> dict[float, bool]:
         path = ROOT / "recipes" / "ssu" / f"{name}.yaml"
-        found = [Recipe.parse(data).phases[0].strategy for data in cells(load_study(path), path.parent, files=False).values()]
+        found = [
+            Recipe.parse(data).phases[0].strategy for data in cells(load_study(path), path.parent, files=False).values()
+        ]
         return {s.sparsity: s.include_norms for s in found if s.name == "lota"}
 
     assert lota("lab/baselines") == lota("tables6-14-baselines")
@@ -122,7 +124,9 @@ def test_the_labs_calibration_arms_differ_in_one_thing_from_another() -> None:
     path = ROOT / "recipes" / "ssu" / "lab" / "calibration.yaml"
     seen = {
         (bool(c.datasets), c.sequences)
-        for c in (Recipe.parse(d).phases[0].calibration for d in cells(load_study(path), path.parent, files=False).values())
+        for c in (
+            Recipe.parse(d).phases[0].calibration for d in cells(load_study(path), path.parent, files=False).values()
+        )
     }
     assert seen == {(True, 500), (True, 128), (True, 60), (False, 60)}
 
@@ -131,7 +135,9 @@ def test_our_own_study_has_the_methods_that_the_results_rank_first_at_several_ra
     path = ROOT / "recipes" / "ssu" / "ours.yaml"
     grid = cells(load_study(path), path.parent, files=False)
     phases = {cell.arm: Recipe.parse(data).phases[0] for cell, data in grid.items()}
-    own_words = {p.strategy.name: g.weight for p in phases.values() for g in p.guards if g.name == "ewc" and g.data == "self"}
+    own_words = {
+        p.strategy.name: g.weight for p in phases.values() for g in p.guards if g.name == "ewc" and g.data == "self"
+    }
     assert own_words == {"full": 100, "ssu": 100}
     rates = rates_of("ours")
     several = {arm for arm, p in phases.items() if p.guards or p.strategy.name == "self_anchor"} | {"FFT"}
