@@ -37,8 +37,10 @@ def measured(options: Mapping[str, Mapping[str, Any]], guards: Sequence[str] = (
     """
     found: dict[str, dict[str, Any]] = {}
     context = multiprocessing.get_context("spawn")
-    runs = {name: (name, dict(options.get(name, {})), ()) for name in ["full", *options]}
-    runs |= {f"full + {guard}": ("full", {}, (guard,)) for guard in guards}
+    runs: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
+        **{name: (name, dict(options.get(name, {})), ()) for name in ["full", *options]},
+        **{f"full + {guard}": ("full", {}, (guard,)) for guard in guards},
+    }
     for name, run in runs.items():
         with context.Pool(1) as pool:
             found[name] = pool.apply(one, run)
