@@ -6,7 +6,9 @@ Real configurations with random weights: fp32 throughout, or stored in bf16 as c
 what trains, under bf16 autocast. AdamW with fp32 state. On a CPU every measurement runs in a process of its own, so that
 peak memory is that of one mode; the processes of one setting take turns, step by step, so that all modes meet the same
 load of the machine. On a GPU, whose allocator counts exactly, the modes follow each other in one process. Time is the
-median over steps; cpu_time, on a CPU, is the processor time of the process, which says more where others use the machine.
+median over steps; cpu_time, on a CPU, is the processor time of the process, which says more where others use the machine. Sequences
+are one document each: no position_ids are given, so attention is causal and isolates nothing (``isolate_documents: true``, a run's
+default, adds a mask).
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -252,27 +254,25 @@ def on_gpu(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def measure(args: argparse.Namespace, precision: str, checkpointing: bool) -> dict[str, Any]:
+def measure(args: argparse.Namespace, sequence_length: int, precision: str, checkpointing: bool) -> dict[str, Any]:
     """All modes of one setting."""
-    batch = args.batch or (1 if args.device == "cpu" and precision == "fp32" else 4)
-    print(
-        f"{args.preset}, {precision}, batch {batch} x {args.sequence_length}, checkpointing {'on' if checkpointing else 'off'}",
-        file=sys.stderr,
-    )
+    batch = args.batch or (1 if args.device == "cpu" and precision == "fp32" else max(1, 2048 // sequence_length))
+    setting = f"{precision}, {sequence_length}, checkpointing {'on' if checkpointing else 'off'}"
+    print(f"{args.preset}, {setting}, batch {batch}", file=sys.stderr)
     modes: dict[str, dict[str, Any]] = {}
     running: dict[str, subprocess.Popen[str]] = {}
     times: dict[str, list[Any]] = {m: [] for m in args.modes}
     for mode in args.modes:
         if args.device == "cuda":
             given = {"mode": mode, "precision": precision, "batch": batch, "checkpointing": checkpointing}
-            modes[mode] = on_gpu(argparse.Namespace(**{**vars(args), **given}))
+            modes[mode] = on_gpu(argparse.Namespace(**{**vars(args), **given, "sequence_length": sequence_length}))
             times[mode] = modes[mode].pop("all_times", [])
             if "failed" in modes[mode]:
                 print(f"  {mode}: {modes[mode]['failed']}", file=sys.stderr)
             continue
         command = [
             sys.executable, __file__, "--child", "--mode", mode, "--precision", precision, "--preset", args.preset,
-            "--batch", str(batch), "--sequence_length", str(args.sequence_length), "--threads", str(args.threads),
+            "--batch", str(batch), "--sequence_length", str(sequence_length), "--threads", str(args.threads),
             *(["--public", str(args.public)] if args.public else []), *(["--checkpointing"] if checkpointing else []),
             *(["--compile"] if args.compile else []), *(["--liger"] if args.liger else []),
         ]  # fmt: skip
@@ -318,7 +318,15 @@ def measure(args: argparse.Namespace, precision: str, checkpointing: bool) -> di
             )
     for name, r in ratios.items():
         print(f"  {name:22} " + "  ".join(f"{k} {v:.3f}" for k, v in r.items()), file=sys.stderr)
-    return {"precision": precision, "checkpointing": checkpointing, "batch": batch, "modes": modes, "ratios": ratios}
+    return {
+        "setting": setting,
+        "sequence_length": sequence_length,
+        "precision": precision,
+        "checkpointing": checkpointing,
+        "batch": batch,
+        "modes": modes,
+        "ratios": ratios,
+    }
 
 
 def ask(process: subprocess.Popen[str]) -> list[float]:
@@ -331,13 +339,16 @@ def ask(process: subprocess.Popen[str]) -> list[float]:
     return seconds
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="100m")
     parser.add_argument("--json", help="write the results to this file")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--batch", type=int, help="sequences per step; 4, on a CPU in fp32 1")
-    parser.add_argument("--sequence_length", type=int, default=512)
+    parser.add_argument("--batch", type=int, help="sequences per step; 2,048 tokens, on a CPU in fp32 1")
+    parser.add_argument(
+        "--sequence_lengths", "--sequence_length", type=int, nargs="+",
+        help="one setting each; 512 and 2048, on a CPU with a larger preset than 100m 512",
+    )  # fmt: skip
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES[:4])
@@ -350,23 +361,25 @@ def main() -> None:
     parser.add_argument("--mode", choices=MODES, help=argparse.SUPPRESS)
     parser.add_argument("--precision", choices=("fp32", "bf16"), help=argparse.SUPPRESS)
     parser.add_argument("--checkpointing", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.child:
+        (args.sequence_length,) = args.sequence_lengths
         child(args)
         return
     import torch
 
-    settings = [measure(args, p, c == "on") for p in args.precisions for c in args.checkpointings]
+    lengths = args.sequence_lengths or ((512, 2048) if args.device == "cuda" or args.preset == "100m" else (512,))
+    settings = [measure(args, n, p, c == "on") for n in lengths for p in args.precisions for c in args.checkpointings]
     result = {
         "preset": args.preset,
-        "sequence_length": args.sequence_length,
+        "sequence_lengths": lengths,
         "steps": args.steps,
         "threads": args.threads,
         "compile": args.compile,
         "liger": args.liger,
         "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine(),
         "torch": torch.__version__,
-        "ratios": settings[0]["ratios"],
+        "ratios": {s["setting"]: s["ratios"] for s in settings},
         "settings": settings,
     }
     if args.json:

@@ -111,6 +111,12 @@ def test_python_m_addlang_is_the_same_program() -> None:
 # ---- small commands
 
 
+def test_the_cost_table_ends_with_what_guards_add_to_full_fine_tuning(addlang: Addlang) -> None:
+    rows = {r["strategy"]: r for r in addlang("strategies", "--table", "--model", "lab", "--json").json}
+    assert list(rows)[-3:] == ["full + ewc", "full + kl", "full + l2sp"]
+    assert rows["full + ewc"]["flops_ratio"] == rows["full"]["flops_ratio"] == 1
+
+
 def test_strategies_come_with_paper_and_summary(addlang: Addlang) -> None:
     rows = addlang("strategies", "--json").json
     assert {"full", "ssu"} <= {row["name"] for row in rows}

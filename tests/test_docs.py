@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
@@ -58,3 +59,24 @@ def test_the_readme_has_the_two_commands_that_ci_runs() -> None:
         assert block
         assert block[1].startswith("scripts/bootstrap")
         assert f"command_of {name}" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "methods").glob("*.md")), ids=lambda p: p.stem)
+def test_every_method_page_says_where_our_studies_have_it(page: Path) -> None:
+    """And the sections of the results that it names are there."""
+    headings = re.findall(r"^#+ (.+)$", (ROOT / "docs" / "results.md").read_text(encoding="utf-8"), re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
+    links = re.findall(r"\(\.\./results\.md(?:#([^)]+))?\)", page.read_text(encoding="utf-8"))
+    assert links
+    assert {a for a in links if a} <= anchors
+
+
+def test_pure_bf16_rounds_away_the_shares_that_the_pages_name() -> None:
+    """4 of 10 weights stay where an update is as large as the paper's learning rate, 85 % where it is a fifth of it."""
+    g = torch.Generator().manual_seed(0)
+    weights = (torch.randn(400_000, generator=g) * 0.02).bfloat16()
+    signs = torch.randn(400_000, generator=g).sign()
+    stay = [float(((weights.float() + 5e-5 * size * signs).bfloat16() == weights).float().mean()) for size in (1, 0.2)]
+    assert stay == pytest.approx([0.43, 0.85], abs=0.01)
+    assert "43 % do not move" in (ROOT / "docs" / "methods" / "full.md").read_text(encoding="utf-8")
+    assert "about 4 of 10 weights do not move" in (ROOT / "docs" / "training.md").read_text(encoding="utf-8")

@@ -92,6 +92,60 @@ def test_the_ssu_papers_rows_are_there_for_two_models_and_five_languages_with_ta
     assert settings == {(m, code, code) for m in models for code in ("ne", "ky", "am", "ha", "ig")}
 
 
+def rates_of(name: str) -> dict[str, set[float]]:
+    """Learning rates of every arm of a study under recipes/ssu, one model and language of it."""
+    path = ROOT / "recipes" / "ssu" / f"{name}.yaml"
+    rates: dict[str, set[float]] = {}
+    for cell, data in cells(load_study(path), path.parent, files=False).items():
+        rates.setdefault(cell.arm, set()).add(float(Recipe.parse(data).phases[0].learning_rate))
+    return rates
+
+
+@pytest.mark.parametrize("name", ["baselines", "calibration", "granularity", "methods", "ratio", "scorers"])
+def test_every_arm_of_a_lab_table_has_three_learning_rates(name: str) -> None:
+    """Methods are compared at equal gain, which one rate does not give."""
+    assert all(len(rates) >= 3 for rates in rates_of(f"lab/{name}").values())
+
+
+def test_the_labs_lota_is_that_of_the_papers_tables() -> None:
+    def lota(name: str) -> dict[float, bool]:
+        path = ROOT / "recipes" / "ssu" / f"{name}.yaml"
+        found = [
+            Recipe.parse(data).phases[0].strategy for data in cells(load_study(path), path.parent, files=False).values()
+        ]
+        return {s.sparsity: s.include_norms for s in found if s.name == "lota"}
+
+    assert lota("lab/baselines") == lota("tables6-14-baselines")
+    assert set(lota("lab/baselines").values()) == {True}
+
+
+def test_the_labs_calibration_arms_differ_in_one_thing_from_another() -> None:
+    """Real English against as many sequences of the lab's own set, and these against 500 of them."""
+    path = ROOT / "recipes" / "ssu" / "lab" / "calibration.yaml"
+    seen = {
+        (bool(c.datasets), c.sequences)
+        for c in (
+            Recipe.parse(d).phases[0].calibration for d in cells(load_study(path), path.parent, files=False).values()
+        )
+    }
+    assert seen == {(True, 500), (True, 128), (True, 60), (False, 60)}
+
+
+def test_our_own_study_has_the_methods_that_the_results_rank_first_at_several_rates() -> None:
+    path = ROOT / "recipes" / "ssu" / "ours.yaml"
+    grid = cells(load_study(path), path.parent, files=False)
+    phases = {cell.arm: Recipe.parse(data).phases[0] for cell, data in grid.items()}
+    own_words = {
+        p.strategy.name: g.weight for p in phases.values() for g in p.guards if g.name == "ewc" and g.data == "self"
+    }
+    assert own_words == {"full": 100, "ssu": 100}
+    rates = rates_of("ours")
+    several = {arm for arm, p in phases.items() if p.guards or p.strategy.name == "self_anchor"} | {"FFT"}
+    assert all(len(rates[arm]) >= 3 for arm in several)
+    assert all(max(rates[arm]) > max(rates["FFT"]) for arm in rates if "EWC" in arm)  # a penalty wants a higher rate
+    assert min(rates["FFT"]) < 5e-5 < max(rates["FFT"])
+
+
 @pytest.mark.parametrize(("name", "runs"), [("order", 12), ("table-5", 16), ("table-d9", 16)])
 def test_the_two_phase_papers_rows_are_there_with_table_a1s_values(name: str, runs: int) -> None:
     path = ROOT / "recipes" / "two-phase" / f"{name}.yaml"

@@ -276,14 +276,18 @@ def strategies(
     from addlang.strategies import available, load_strategy
 
     if table:
+        from addlang.strategies.costs import guard_rows
         from addlang.strategies.costs import table as costs
 
-        found = costs(model)
+        alone, guarded = costs(model), guard_rows(model)
+        found = [*alone, *guarded]
         if measure:
             from addlang.strategies.measured import cells as measured_cells
             from addlang.strategies.measured import measured
 
-            here = measured({r["strategy"]: r["options"] for r in found})
+            here = measured(
+                {r["strategy"]: r["options"] for r in alone}, [g for r in guarded for g in r["options"]["guards"]]
+            )
             found = [{**r, **here[r["strategy"]]} for r in found]
         if as_json:
             emit(found)

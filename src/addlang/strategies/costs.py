@@ -7,7 +7,7 @@ Attention's own products are left out: they are the same for every method. Measu
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from addlang.errors import AddlangError, did_you_mean
@@ -136,19 +136,40 @@ def table(
     rows = []
     for name in available():
         given = dict((options or {}).get(name, load_strategy(name).example))
-        cost = make_strategy(name, given).cost(shapes)
-        row = asdict(cost)
-        rows.append(
-            {
-                "strategy": name,
-                "options": given,
-                "trained": cost.trained,
-                "trained_share": cost.share,
-                "flops_per_token": row["flops"],
-                "flops_ratio": cost.flops / full.flops,
-                "optimizer_bytes": cost.optimizer_bytes,
-                "optimizer_ratio": cost.optimizer_bytes / full.optimizer_bytes,
-                "note": cost.note,
-            }
-        )
+        rows.append(_row(name, given, make_strategy(name, given).cost(shapes), full))
     return sorted(rows, key=lambda r: (r["flops_ratio"], r["strategy"]))
+
+
+def _row(name: str, options: dict[str, Any], cost: Cost, full: Cost) -> dict[str, Any]:
+    return {
+        "strategy": name,
+        "options": options,
+        "trained": cost.trained,
+        "trained_share": cost.share,
+        "flops_per_token": cost.flops,
+        "flops_ratio": cost.flops / full.flops,
+        "optimizer_bytes": cost.optimizer_bytes,
+        "optimizer_ratio": cost.optimizer_bytes / full.optimizer_bytes,
+        "note": cost.note,
+    }
+
+
+def guard_rows(model: nn.Module | str = "olmo2-7b") -> list[dict[str, Any]]:
+    """Rows as of :func:`table` for every guard on top of ``full``; those that are a strategy too stand there.
+
+    A guard adds no products with weights but those of the tokens that it reads, which count towards the budget.
+    """
+    from addlang import guards
+    from addlang.strategies.base import available, make_strategy
+
+    full = make_strategy("full", {}).cost(shape_model(model) if isinstance(model, str) else model)
+    rows = []
+    for name in guards.available():
+        if name in available():
+            continue
+        guard = guards.make_guard(name, {})
+        kept, share = guard.kept_bytes(2, 4), guard.token_share
+        notes = [f"{kept} bytes per trained weight of a 16-bit checkpoint"] if kept else []
+        notes += [f"reads {share:.0%} of the tokens"] if share else []
+        rows.append(_row(f"full + {name}", {"guards": [name]}, replace(full, note=", ".join(notes)), full))
+    return rows
