@@ -277,6 +277,7 @@ def start_guards(
                 language=run.recipe.source_language,
                 sequence_length=phase.sequence_length,
                 batch=schedule.batch,
+                micro=schedule.micro,
                 steps=schedule.steps,
                 autocast=compute_context(phase, device),
                 calibration=lambda: calibration_batches(

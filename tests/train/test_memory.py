@@ -94,12 +94,49 @@ def test_settings_that_fit_differ_in_more_than_the_size_of_a_pass() -> None:
 def test_penalties_count_what_they_keep_beside_every_trained_element() -> None:
     config, _, plan = preset("olmo2-7b", strategy="full")
     settings = {"micro": 1, "stored_bytes": 2, "compute_bytes": 2, "form": "masked"}
-    plain = estimate(config, plan, phase(), **settings)
-    both = estimate(config, plan, phase(guards=["ewc", "l2sp"]), **settings)
+    plain = estimate(config, plan, phase(sequence_length=512), accumulated=True, **settings)
+    both = estimate(config, plan, phase(sequence_length=512, guards=["ewc", "l2sp"]), **settings)
     assert plain["guards"] == 0
     assert both["total"] - plain["total"] == both["guards"] == (4 + 2) * plan.trainable_count
     wide = {**settings, "stored_bytes": 4}
     assert estimate(config, plan, phase(guards=["ewc"]), **wide)["guards"] == (4 + 2) * plan.trainable_count
+
+
+@pytest.mark.parametrize("guard", ["kl", "self_anchor", "ewc", "l2sp"])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_with_a_guard_every_gradient_is_there_before_the_target_text(guard: str, checkpointing: bool) -> None:
+    config, _, plan = preset("olmo2-7b")
+    about: dict[str, Any] = {"micro": 8, "stored_bytes": 2, "compute_bytes": 2, "form": "assemble"}
+    settings = {"sequence_length": 512, "activation_checkpointing": checkpointing}
+    once, often = (estimate(config, plan, phase(**settings), accumulated=a, **about) for a in (False, True))
+    guarded = estimate(config, plan, phase(**settings, guards=[guard]), **about)
+    assert guarded["activations"] >= often["activations"] > once["activations"] + 4 * GIB
+
+
+def test_a_guards_own_pass_counts_the_logits_of_all_its_rows() -> None:
+    config, _, plan = preset("olmo2-7b")
+    settings = {"sequence_length": 512, "activation_checkpointing": True}
+    plain, guarded = (
+        [
+            estimate(config, plan, phase(**settings, guards=g), micro=m, stored_bytes=2, compute_bytes=2, form="assemble",
+                     accumulated=True)["activations"]
+            for m in (1, 4, 32)
+        ]
+        for g in ([], ["kl"])
+    )  # fmt: skip
+    logits = 512 * config.vocab_size * (2 + 12)
+    chunk = 2**26 // config.vocab_size * config.vocab_size * (2 + 4)  # 668 tokens, more than one row has
+    assert guarded[0] - plain[0] == logits - 512 * config.vocab_size * (2 + 4)  # one row, as of the target
+    assert guarded[1] - plain[1] == 4 * logits - chunk
+    assert guarded[2] == plain[2]  # of the guard five rows at most: the target's 32 need more
+
+
+def test_penalties_take_copies_of_the_largest_tensor_one_after_the_other() -> None:
+    config, _, plan = preset("olmo2-7b")
+    about: dict[str, Any] = {"micro": 1, "stored_bytes": 2, "compute_bytes": 2, "form": "assemble"}
+    settings = {"sequence_length": 32, "activation_checkpointing": True}
+    found = estimate(config, plan, phase(**settings, guards=["l2sp"]), **about)
+    assert found["activations"] == 3 * 4 * config.vocab_size * config.hidden_size
 
 
 def test_masked_execution_keeps_the_frozen_values_besides() -> None:

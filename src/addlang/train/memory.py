@@ -45,7 +45,8 @@ def estimate(
             split form keeps dense weights in the compute type.
         shards: devices that weights, gradients and optimizer state are spread over (FSDP2).
         besides: trained elements that are none of the model's own (adapters).
-        accumulated: a step has several forward passes, so that all but the first find every gradient there.
+        accumulated: a step has several forward passes, so that all but the first find every gradient there; with guards,
+            which come before the target text, all of them do.
 
     Returns:
         ``frozen_weights``, ``trained_weights``, ``compute_copies``, ``gathered`` (of other devices' shards),
@@ -87,6 +88,8 @@ def estimate(
     wide = 6 * head if phase.optimizer == "adamw_8bit" and embedding and embedding.frozen_count < embedding.numel else 0
     first, *others = [master * (e.numel if e.frozen_count < e.numel else 0) // shards for e in outside] or [0]
     gradients = trained * master // shards
+    guards = phase.all_guards
+    kept_by_guards = [g.kept_bytes(stored_bytes, master) for g in guards]
     parts = {
         "frozen_weights": (frozen * kept + restored * master) // shards,
         "trained_weights": trained * master // shards,
@@ -94,26 +97,32 @@ def estimate(
         "gathered": gathered,
         "gradients": gradients,
         "optimizer": (round(trained * optimizer_bytes(phase, master)) + wide) // shards,
-        "guards": trained * sum(g.kept_bytes(stored_bytes, master) for g in phase.all_guards) // shards,
+        "guards": trained * sum(kept_by_guards) // shards,
     }
     cast = 0  # 16-bit copies of trained weights that autocast makes for a product
     if form == "masked" and compute_bytes < master and shards == 1:
         cast = max(0, trained - besides - (1 if tied else 2) * head) * compute_bytes
     elif form == "assemble":
         cast = partly * compute_bytes  # dense weights; without checkpointing each lives inside one product only
-    parts["activations"] = passes(
-        config,
-        micro * phase.sequence_length,
-        compute_bytes,
-        residual_bytes=master,
-        checkpointing=phase.activation_checkpointing,
-        cast=cast,
-        cast_kept=form == "masked",
-        shared=form != "masked",
-        missing=0 if accumulated else gradients,
-        embedding=0 if tied else first,
-        head=(others[0] if others else first) if outside else 0,
-    )
+    common: dict[str, Any] = {
+        "residual_bytes": master,
+        "checkpointing": phase.activation_checkpointing,
+        "cast": cast,
+        "cast_kept": form == "masked",
+        "shared": form != "masked",
+        "embedding": 0 if tied else first,
+        "head": (others[0] if others else first) if outside else 0,
+    }
+    length = phase.sequence_length
+    # the guards of a step run before its target text, so that this finds every gradient there
+    missing = 0 if accumulated or guards else gradients
+    moments = [passes(config, micro * length, compute_bytes, missing=missing, **common)]
+    rows = max((g.rows_per_pass(micro, length, config.vocab_size) for g in guards), default=0)
+    if rows:
+        moments.append(passes(config, rows * length, compute_bytes, missing=0, whole_logits=True, **common))
+    if any(kept_by_guards):  # the distance from the source, its multiple and its square, tensor by tensor
+        moments.append(3 * max(e.numel for e in plan.entries.values() if e.frozen_count < e.numel) * master // shards)
+    parts["activations"] = max(moments)
     return {**parts, "total": sum(parts.values())}
 
 
@@ -134,6 +143,7 @@ def passes(
     missing: int,
     embedding: int,
     head: int,
+    whole_logits: bool = False,
 ) -> int:
     """The most that forward, loss and backward need beside weights, optimizer and all gradients, in bytes.
 
@@ -150,6 +160,7 @@ def passes(
         missing: bytes of all gradients, if none is there when backward begins.
         embedding: bytes of the gradient of an embedding that is not tied to the head; it comes last.
         head: bytes of the head's gradient, which the loss makes in the forward pass.
+        whole_logits: the loss is that of a guard, which takes the logits of all tokens at once.
     """
     from addlang.train.loss import CHUNK_ELEMENTS
 
@@ -169,7 +180,10 @@ def passes(
     )
     passing = 3 * tokens * f * bytes_per  # gradients inside one MLP
     rows = max(128, CHUNK_ELEMENTS // config.vocab_size)
+    # a chunk's logits and their gradient; of a guard the logits, in fp32 their logarithms and the gradients of both
     chunk = min(tokens, rows) * config.vocab_size * (bytes_per + 4)
+    if whole_logits:
+        chunk = tokens * config.vocab_size * (bytes_per + 12)
     loss = (
         chunk + head // 4 * bytes_per + tokens * d * bytes_per
     )  # the weight in the compute type, gradient of the input
