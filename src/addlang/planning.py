@@ -65,7 +65,6 @@ def plan_run(
         kept, besides = phase.strategy.footprint(model, plan)
         about: dict[str, Any] = {
             "besides": besides,
-            "stored_bytes": stored.itemsize,
             "compute_bytes": dtype.itemsize,
             "form": form_of(plan, phase, splittable=refused is None),
             "shards": devices if sharding == "fsdp" else 1,
@@ -82,10 +81,11 @@ def plan_run(
             notes.append(f"{data.pool.replay.share:.0%} replay is still to be written by the model before this phase")
         warmup(phase, steps)
         master = 4 if phase.master_weights == "fp32" else stored.itemsize
-        memory = estimate(config, kept, phase, micro=micro, **about)
+        memory = estimate(config, kept, phase, micro=micro, stored_bytes=stored.itemsize, **about)
         seconds = None
         if probe:
-            need = estimate(config, kept, phase, micro=micro, **{**about, "shards": 1})["total"]
+            alone = {**about, "shards": 1, "stored_bytes": stored.itemsize}
+            need = estimate(config, kept, phase, micro=micro, **alone)["total"]
             seconds = steps * seconds_per_step(source, phase, plan, data, micro=micro, need=need, device=here)
         phases.append(
             {
@@ -104,7 +104,11 @@ def plan_run(
                 "sources": data.card["sources"],
                 "notes": notes,
                 "memory": memory,
-                "gpu": None if gpu is None else fit_gpu(config, model, kept, phase, micro, about, gpu * GIB * USABLE),
+                "gpu": None
+                if gpu is None
+                else fit_gpu(
+                    model, kept, phase, gpu * GIB * USABLE, micro=micro, batch=data.batch_size, stored=stored, **about
+                ),
                 "seconds": seconds,
                 "checkpoint_bytes": round((kept.trainable_count + besides) * (master + optimizer_bytes(phase, master))),
             }
@@ -124,30 +128,29 @@ def plan_run(
     }
 
 
-def fit_gpu(
-    config: Any, model: Any, plan: FreezePlan, phase: Phase, micro: int, about: dict[str, Any], available: float
-) -> dict[str, Any]:
+def fit_gpu(model: Any, plan: FreezePlan, phase: Phase, available: float, **about: Any) -> dict[str, Any]:
     """The setting nearest to the recipe that fits into ``available`` bytes, and a table of what the others need.
 
     First smaller passes and activation checkpointing, which change no result; then 8-bit state, stochastic rounding,
     both; last a higher ratio, which trains less.
-    """
-    from addlang.train.memory import Choice, choices
 
-    every = list(choices(config, plan, phase, micro=micro, **about))
+    Args:
+        about: the remaining arguments of :func:`addlang.train.memory.choices`.
+    """
+    from addlang.train.memory import PASS, Choice, choices
+
+    every = list(choices(model.config, plan, phase, **about))
     chosen = next((c for c in every if c.total <= available), None)
     ratio = getattr(phase.strategy, "ratio", None)
     for higher in (0.625, 0.75, 0.875):
         if chosen is None and isinstance(ratio, float) and higher > ratio:
             narrower = phase.strategy.model_copy(update={"ratio": higher}).outline(model)
-            found = next(
-                (c for c in choices(config, narrower, phase, micro=micro, **about) if c.total <= available), None
-            )
+            found = next((c for c in choices(model.config, narrower, phase, **about) if c.total <= available), None)
             if found is not None:
                 chosen = Choice({**found.changes, "strategy.ratio": higher}, found.micro, found.memory)
     rows: dict[str, Choice] = {}
     for c in every:  # per setting the largest pass that fits, or else the smallest
-        key = str({k: v for k, v in c.changes.items() if k != "per_device_train_batch_size"})
+        key = str({k: v for k, v in c.changes.items() if k not in PASS})
         if key not in rows or rows[key].total > available:
             rows[key] = c
     return {

@@ -155,8 +155,7 @@ def adapt(
     if phase.use_liger_kernel:
         apply_liger(model)
     with explain_out_of_memory(
-        model, plan, phase, micro=micro, device=device, stored=stored.dtype, world=world,
-        accumulated=schedule.batch > micro * world.size,
+        model, plan, phase, micro=micro, device=device, stored=stored.dtype, world=world, batch=schedule.batch
     ):  # fmt: skip
         attached = phase.strategy.attach(model, plan, phase.execution, masters=phase.master_weights == "fp32")
         planned = run.state.get("plan", {})

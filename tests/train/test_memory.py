@@ -7,15 +7,20 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tiny import make_model
 
 from addlang.freeze.plan import FreezePlan, Frozen
 from addlang.planning import fit_gpu
+from addlang.recipe import Phase
 from addlang.strategies import make_strategy
 from addlang.strategies.costs import PRESETS
 from addlang.train.memory import GIB, USABLE, choices, estimate, that_fit
+from addlang.train.optimizers import check_types
+from addlang.train.schedule import global_batch, micro_batch
 from training import phase
 
 EMBEDDING = (100352 * 4096 * 6 / GIB, 100352 * 5120 * 6 / GIB)  # moments of the embedding in fp32 and not in 8 bits
+WHOLE: dict[str, Any] = {"micro": 32, "batch": 32, "stored": torch.bfloat16}
 STATE = ("frozen_weights", "trained_weights", "gradients", "optimizer")
 
 
@@ -26,6 +31,11 @@ def preset(name: str, **options: Any) -> tuple[Any, Any, FreezePlan]:
         model = getattr(transformers, f"{family}ForCausalLM")(config)
     strategy = make_strategy(options.pop("strategy", "ssu"), options)
     return config, model, strategy.outline(model)
+
+
+def tiny() -> tuple[Any, Any, FreezePlan]:
+    model = make_model("llama")
+    return model.config, model, make_strategy("ssu", {}).outline(model)
 
 
 def state(name: str, form: str, compute: int = 2, strategy: str = "ssu", shards: int = 1, **settings: Any) -> float:
@@ -65,10 +75,9 @@ def test_sharding_divides_what_is_kept_and_adds_what_is_gathered() -> None:
 
 
 def choose(name: str, gib: float, shards: int = 1) -> dict[str, Any]:
-    config, model, plan = preset(name)
-    settings = phase(sequence_length=512)
-    about = {"stored_bytes": 2, "compute_bytes": 2, "form": "assemble", "shards": shards}
-    return fit_gpu(config, model, plan, settings, 32, about, gib * GIB * USABLE)
+    _, model, plan = preset(name)
+    about: dict[str, Any] = {"compute_bytes": 2, "form": "assemble", "shards": shards, **WHOLE}
+    return fit_gpu(model, plan, phase(sequence_length=512), gib * GIB * USABLE, **about)
 
 
 def test_what_fits_changes_as_little_as_possible() -> None:
@@ -84,11 +93,59 @@ def test_what_fits_changes_as_little_as_possible() -> None:
 
 def test_settings_that_fit_differ_in_more_than_the_size_of_a_pass() -> None:
     config, _, plan = preset("olmo2-7b")
-    about: dict[str, Any] = {"stored_bytes": 2, "compute_bytes": 2, "form": "assemble"}
-    found = that_fit(choices(config, plan, phase(), micro=8, **about), 80 * GIB)
+    about: dict[str, Any] = {**WHOLE, "micro": 8, "compute_bytes": 2, "form": "assemble"}
+    found = that_fit(choices(config, plan, phase(), **about), 80 * GIB)
     assert len(found) == 3
     assert all(c.total <= 80 * GIB for c in found)
     assert len({str({k: v for k, v in c.changes.items() if "batch" not in k}) for c in found}) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "devices"),
+    [
+        ({}, 1),
+        ({"batch_size": 32}, 4),
+        ({"per_device_train_batch_size": 16}, 1),
+        ({"per_device_train_batch_size": 64}, 1),  # more than the paper's batch, so that it makes the step
+        ({"per_device_train_batch_size": 16, "gradient_accumulation_steps": 2}, 1),
+        ({"per_device_train_batch_size": 16, "gradient_accumulation_steps": 2, "batch_size": 64}, 2),
+        ({"gradient_accumulation_steps": 2}, 1),
+        ({"gradient_accumulation_steps": 2, "batch_size": 64}, 2),
+    ],
+)
+@pytest.mark.parametrize("tokens", [10**9, 10**5])
+def test_smaller_passes_leave_the_sequences_of_a_step_as_they_are(
+    settings: dict[str, Any], devices: int, tokens: int
+) -> None:
+    config, _, plan = tiny()
+    recipe = phase(**settings, sequence_length=512)
+    batch, _ = global_batch(recipe, tokens, devices)
+    micro = micro_batch(recipe, batch, "cuda", devices)
+    found = list(choices(config, plan, recipe, micro=micro, batch=batch, stored=torch.bfloat16, compute_bytes=2, form="masked"))  # fmt: skip
+    assert {c.micro for c in found} == {d for d in range(1, micro + 1) if micro % d == 0}
+    for c in found:
+        changed = Phase(**{**recipe.model_dump(exclude_unset=True), "strategy": "ssu", **c.changes})
+        assert global_batch(changed, tokens, devices)[0] == batch
+        assert micro_batch(changed, batch, "cuda", devices) == c.micro
+
+
+@pytest.mark.parametrize(
+    ("stored", "precision", "optimizers"),
+    [
+        (torch.bfloat16, "auto", {"adamw", "adamw_8bit", "adamw_bf16_sr"}),
+        (torch.float16, "auto", {"adamw", "adamw_8bit"}),
+        (torch.bfloat16, "fp32", {"adamw", "adamw_8bit"}),
+    ],
+)
+def test_settings_that_a_run_would_refuse_are_not_offered(
+    stored: torch.dtype, precision: str, optimizers: set[str]
+) -> None:
+    config, _, plan = tiny()
+    recipe = phase(precision=precision)
+    found = list(choices(config, plan, recipe, micro=2, batch=2, stored=stored, compute_bytes=2, form="masked"))
+    assert {c.changes.get("optimizer", "adamw") for c in found} == optimizers
+    for c in found:
+        check_types(Phase(**{**recipe.model_dump(exclude_unset=True), "strategy": "ssu", **c.changes}), stored)
 
 
 def test_penalties_count_what_they_keep_beside_every_trained_element() -> None:

@@ -155,7 +155,7 @@ def run_probe(
         if phase.use_liger_kernel:
             apply_liger(model)
         with explain_out_of_memory(
-            model, plan, phase, micro=micro, device=device, stored=stored.dtype, accumulated=data.batch_size > micro
+            model, plan, phase, micro=micro, device=device, stored=stored.dtype, batch=data.batch_size
         ):
             attached = phase.strategy.attach(model, plan, phase.execution, masters=phase.master_weights == "fp32")
             watcher = Watcher(text, frozenset({steps // 4, steps // 2}))

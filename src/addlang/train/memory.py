@@ -240,33 +240,78 @@ PRECISION: tuple[dict[str, Any], ...] = (
 )
 
 
+PASS = ("per_device_train_batch_size", "gradient_accumulation_steps", "batch_size")  # how a step is divided
+
+
 def choices(
-    config: Any, plan: FreezePlan, phase: Phase, *, micro: int, shards: int = 1, **about: Any
+    config: Any,
+    plan: FreezePlan,
+    phase: Phase,
+    *,
+    micro: int,
+    batch: int,
+    stored: torch.dtype,
+    shards: int = 1,
+    **about: Any,
 ) -> Iterator[Choice]:
     """Settings that need less and less, the most faithful first: smaller passes, checkpointing, then precision.
 
+    Each is one that a run accepts, with as many sequences per optimizer step as the recipe has.
+
     Args:
         micro: sequences per forward pass of the recipe; smaller ones are tried too.
+        batch: sequences per optimizer step, over all devices.
+        stored: type of the checkpoint.
         about: the remaining arguments of :func:`estimate`.
     """
     for precision in PRECISION:
-        if precision.get("master_weights") == "model" and about["stored_bytes"] > 2:
+        if precision.get("master_weights") == "model" and stored.itemsize > 2:
             continue  # a checkpoint in fp32 stays fp32
         for checkpointing in (False, True) if not phase.activation_checkpointing else (True,):
             for sequences in [d for d in range(micro, 0, -1) if micro % d == 0]:
                 changes = {k: v for k, v in precision.items() if getattr(phase, k) != v}
                 if checkpointing and not phase.activation_checkpointing:
                     changes["activation_checkpointing"] = True
-                if sequences < micro:
-                    changes["per_device_train_batch_size"] = sequences
-                changed = phase.model_copy(update=changes)
+                changes |= smaller_passes(phase, micro, sequences, batch)
+                changed = accepted(phase, changes, stored)
+                if changed is None:
+                    continue
                 now = {
                     **about,
-                    "compute_bytes": about["stored_bytes" if changed.master_weights == "model" else "compute_bytes"],
+                    "stored_bytes": stored.itemsize,
+                    "compute_bytes": stored.itemsize if changed.master_weights == "model" else about["compute_bytes"],
                     "accumulated": about.get("accumulated", False) or sequences < micro,
                 }
                 memory = estimate(config, plan, changed, micro=sequences, shards=shards, **now)
                 yield Choice(changes, sequences, memory)
+
+
+def smaller_passes(phase: Phase, micro: int, sequences: int, batch: int) -> dict[str, Any]:
+    """Recipe keys for ``sequences`` in place of ``micro`` per forward pass, with the same ``batch`` per optimizer step."""
+    if sequences == micro:
+        return {}
+    passes = phase.gradient_accumulation_steps
+    if passes is None:
+        # without a batch_size the recipe's own passes may be what makes the step as large as it is
+        pinned = phase.batch_size is None and phase.per_device_train_batch_size is not None
+        return {"per_device_train_batch_size": sequences, **({"batch_size": batch} if pinned else {})}
+    size = {} if phase.per_device_train_batch_size is None else {"per_device_train_batch_size": sequences}
+    return {**size, "gradient_accumulation_steps": passes * micro // sequences}
+
+
+def accepted(phase: Phase, changes: Mapping[str, Any], stored: torch.dtype) -> Phase | None:
+    """The phase with other settings, or None where a run would refuse them."""
+    from addlang.train.optimizers import check_types
+
+    if not changes:
+        return phase
+    given = {k: getattr(phase, k) for k in phase.model_fields_set}
+    try:
+        changed = type(phase).model_validate({**given, **changes})
+        check_types(changed, stored)
+    except (ValueError, AddlangError):  # pydantic's is a ValueError
+        return None
+    return changed
 
 
 def that_fit(found: Iterator[Choice], available: float, count: int = 3) -> list[Choice]:
@@ -274,7 +319,7 @@ def that_fit(found: Iterator[Choice], available: float, count: int = 3) -> list[
     kept: list[Choice] = []
     seen: set[str] = set()
     for choice in found:
-        key = str({k: v for k, v in choice.changes.items() if k != "per_device_train_batch_size"})
+        key = str({k: v for k, v in choice.changes.items() if k not in PASS})
         if choice.total <= available and choice.changes and key not in seen:
             seen.add(key)
             kept.append(choice)
@@ -293,9 +338,12 @@ def explain_out_of_memory(
     device: torch.device,
     stored: torch.dtype,
     world: World = ALONE,
-    accumulated: bool = False,
+    batch: int | None = None,
 ) -> Iterator[None]:
     """Turn an out-of-memory error into one that says what needs how much and which settings would fit.
+
+    Args:
+        batch: sequences per optimizer step over all processes; None: one forward pass of each.
 
     Raises:
         AddlangError: memory ran out inside.
@@ -308,7 +356,7 @@ def explain_out_of_memory(
         kept, besides = phase.strategy.footprint(model, plan)
         raise out_of_memory(
             model.config, kept, phase, micro=micro, device=device, stored=stored, world=world, besides=besides,
-            accumulated=accumulated,
+            batch=batch,
         ) from error  # fmt: skip
 
 
@@ -332,22 +380,23 @@ def out_of_memory(
     stored: torch.dtype,
     world: World = ALONE,
     besides: int = 0,
-    accumulated: bool = False,
+    batch: int | None = None,
 ) -> AddlangError:
     """The error with the estimate and at most three settings that would fit."""
     from addlang.train.loop import compute_dtype
 
     shards = world.size if sharding_of(phase, world) == "fsdp" else 1
-    about = {
+    batch = batch or micro * world.size
+    about: dict[str, Any] = {
         "besides": besides,
-        "accumulated": accumulated,
-        "stored_bytes": stored.itemsize,
+        "accumulated": batch > micro * world.size,
         "compute_bytes": (compute_dtype(phase, device) or stored).itemsize,
         "form": form_of(plan, phase),
     }
-    need = estimate(config, plan, phase, micro=micro, shards=shards, **about)  # type: ignore[arg-type]
+    need = estimate(config, plan, phase, micro=micro, shards=shards, stored_bytes=stored.itemsize, **about)
     available = device_memory(device) * USABLE
-    fits = that_fit(choices(config, plan, phase, micro=micro, shards=shards, **about), available)
+    every = choices(config, plan, phase, micro=micro, batch=batch, stored=stored, shards=shards, **about)
+    fits = that_fit(every, available)
     parts = ", ".join(f"{k.replace('_', ' ')} {v / GIB:.1f}" for k, v in need.items() if v and k != "total")
     if fits:
         fix = "one of: " + "; ".join(map(str, fits))
