@@ -35,7 +35,7 @@ def plan_run(
     from addlang.train.loop import compute_dtype
     from addlang.train.memory import GIB, USABLE, estimate, form_of, optimizer_bytes
     from addlang.train.optimizers import warmup
-    from addlang.train.probe import seconds_per_step
+    from addlang.train.probe import not_timed, seconds_per_step
     from addlang.train.schedule import micro_batch
     from addlang.train.shard import World, sharding_of
 
@@ -86,7 +86,9 @@ def plan_run(
         if probe:
             alone = {**about, "shards": 1, "stored_bytes": stored.itemsize}
             need = estimate(config, kept, phase, micro=micro, **alone)["total"]
-            seconds = steps * seconds_per_step(source, phase, plan, data, micro=micro, need=need, device=here)
+            seconds = steps * seconds_per_step(
+                source, phase, plan, data, micro=micro, need=need, device=here, devices=devices
+            )
         phases.append(
             {
                 "phase": phase.name,
@@ -110,6 +112,7 @@ def plan_run(
                     model, kept, phase, gpu * GIB * USABLE, micro=micro, batch=data.batch_size, stored=stored, **about
                 ),
                 "seconds": seconds,
+                "not_timed": not_timed(phase, devices) if probe else None,
                 "checkpoint_bytes": round((kept.trainable_count + besides) * (master + optimizer_bytes(phase, master))),
             }
         )
@@ -193,7 +196,8 @@ def show_plan(result: dict[str, Any]) -> None:
         if p["gpu"] is not None:
             show_gpu(p["gpu"])
         if p["seconds"] is not None:
-            print(f"time: about {duration(p['seconds'])} for this phase on {result['here']}, evaluation not counted")
+            left_out = ", ".join(p["not_timed"])
+            print(f"time: about {duration(p['seconds'])} for this phase on {result['here']}; not counted: {left_out}")
     print(f"disk: {result['disk_bytes'] / 2**30:.3f} GiB")
 
 
