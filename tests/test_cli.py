@@ -272,6 +272,7 @@ def test_plan_tells_what_the_run_will_do_and_trains_nothing(addlang: Addlang, re
     assert phase["steps"] == state["train"]["adapt"]["steps"]
     assert phase["tokens"] == state["data"]["adapt"]["tokens"]
     assert phase["trainable_fraction"] == pytest.approx(state["plan"]["adapt"]["trainable_fraction"])
+    assert state["plan"]["adapt"]["execution"] == f"split ({phase['form']})"
     shown = addlang("plan", recipe)
     assert f"{phase['trainable']:,} of {phase['parameters']:,} parameters are trained" in shown.out
     assert "up_proj" in shown.out

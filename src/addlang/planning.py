@@ -33,7 +33,7 @@ def plan_run(
     from addlang.models import load_tokenizer, parameter_kinds, resolve, skeleton, stored_dtype, weights_at_hand
     from addlang.run import check_model, describe, prepare_device
     from addlang.train.loop import compute_dtype
-    from addlang.train.memory import GIB, USABLE, estimate, form_of, optimizer_bytes
+    from addlang.train.memory import GIB, ROOM, USABLE, forms_of, free_memory, optimizer_bytes, splits, taken
     from addlang.train.optimizers import warmup
     from addlang.train.probe import not_timed, seconds_per_step
     from addlang.train.schedule import micro_batch
@@ -66,7 +66,8 @@ def plan_run(
         about: dict[str, Any] = {
             "besides": besides,
             "compute_bytes": dtype.itemsize,
-            "form": form_of(plan, phase, splittable=refused is None),
+            "forms": forms_of(config, kept, phase, splittable=refused is None, devices=devices),
+            "room": ROOM[device.type] * (free_memory(here) if gpu is None else gpu * GIB * USABLE),
             "shards": devices if sharding == "fsdp" else 1,
             "accumulated": data.batch_size > micro * devices,
         }
@@ -81,11 +82,11 @@ def plan_run(
             notes.append(f"{data.pool.replay.share:.0%} replay is still to be written by the model before this phase")
         warmup(phase, steps)
         master = 4 if phase.master_weights == "fp32" else stored.itemsize
-        memory = estimate(config, kept, phase, micro=micro, stored_bytes=stored.itemsize, **about)
+        form, memory = taken(config, kept, phase, micro=micro, stored_bytes=stored.itemsize, **about)
         seconds = None
         if probe:
             alone = {**about, "shards": 1, "stored_bytes": stored.itemsize}
-            need = estimate(config, kept, phase, micro=micro, **alone)["total"]
+            need = taken(config, kept, phase, micro=micro, **alone)[1]["total"]
             seconds = steps * seconds_per_step(
                 source, phase, plan, data, micro=micro, need=need, device=here, devices=devices
             )
@@ -94,6 +95,7 @@ def plan_run(
                 "phase": phase.name,
                 "strategy": phase.strategy.name,
                 "execution": "adapters" if besides else "masked" if masked else "split",
+                "form": form if splits(config, kept) and not masked else None,
                 "why_masked": refused if phase.execution == "auto" and refused else None,
                 "parameters": plan.numel,
                 "trainable": kept.trainable_count + besides,
@@ -174,6 +176,7 @@ def show_plan(result: dict[str, Any]) -> None:
     for p in result["phases"]:
         print(
             f"phase {p['phase']}: strategy {p['strategy']}, execution {p['execution']}"
+            + (f" ({p['form']})" if p["form"] else "")
             + (f" ({p['why_masked']})" if p["why_masked"] else "")
         )
         print(f"{p['trainable']:,} of {p['parameters']:,} parameters are trained ({p['trainable_fraction']:.1%})")

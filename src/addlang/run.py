@@ -130,7 +130,7 @@ def adapt(
     from addlang.models import Checkpoint, apply_liger, load_model
     from addlang.phases import answer_replay
     from addlang.train.loop import Schedule, compute_dtype, train
-    from addlang.train.memory import explain_out_of_memory
+    from addlang.train.memory import explain_out_of_memory, settle
     from addlang.train.schedule import micro_batch
     from addlang.train.self_paced import self_paced
 
@@ -154,10 +154,10 @@ def adapt(
     plan, guards = world.in_turn(lambda: prepare(model))
     if phase.use_liger_kernel:
         apply_liger(model)
-    with explain_out_of_memory(
-        model, plan, phase, micro=micro, device=device, stored=stored.dtype, world=world, batch=schedule.batch
-    ):  # fmt: skip
-        attached = phase.strategy.attach(model, plan, phase.execution, masters=phase.master_weights == "fp32")
+    about = {"micro": micro, "device": device, "stored": stored.dtype, "world": world, "batch": schedule.batch}
+    settled = settle(model, plan, phase, **about)
+    with explain_out_of_memory(model, plan, settled, **about):
+        attached = phase.strategy.attach(model, plan, settled.execution, masters=phase.master_weights == "fp32")
         planned = run.state.get("plan", {})
         run.update(plan={**planned, phase.name: {**planned.get(phase.name, {}), "execution": attached.execution}})
         seed = run.recipe.seed

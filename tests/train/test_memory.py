@@ -14,7 +14,7 @@ from addlang.planning import fit_gpu
 from addlang.recipe import Phase
 from addlang.strategies import make_strategy
 from addlang.strategies.costs import PRESETS
-from addlang.train.memory import GIB, USABLE, choices, estimate, that_fit
+from addlang.train.memory import GIB, ROOM, USABLE, choices, estimate, forms_of, out_of_memory, settle, taken, that_fit
 from addlang.train.optimizers import check_types
 from addlang.train.schedule import global_batch, micro_batch
 from training import phase
@@ -76,7 +76,7 @@ def test_sharding_divides_what_is_kept_and_adds_what_is_gathered() -> None:
 
 def choose(name: str, gib: float, shards: int = 1) -> dict[str, Any]:
     _, model, plan = preset(name)
-    about: dict[str, Any] = {"compute_bytes": 2, "form": "assemble", "shards": shards, **WHOLE}
+    about: dict[str, Any] = {"compute_bytes": 2, "forms": ("assemble",), "room": 0, "shards": shards, **WHOLE}
     return fit_gpu(model, plan, phase(sequence_length=512), gib * GIB * USABLE, **about)
 
 
@@ -93,7 +93,7 @@ def test_what_fits_changes_as_little_as_possible() -> None:
 
 def test_settings_that_fit_differ_in_more_than_the_size_of_a_pass() -> None:
     config, _, plan = preset("olmo2-7b")
-    about: dict[str, Any] = {**WHOLE, "micro": 8, "compute_bytes": 2, "form": "assemble"}
+    about: dict[str, Any] = {**WHOLE, "micro": 8, "compute_bytes": 2, "forms": ("assemble",), "room": 0}
     found = that_fit(choices(config, plan, phase(), **about), 80 * GIB)
     assert len(found) == 3
     assert all(c.total <= 80 * GIB for c in found)
@@ -121,7 +121,8 @@ def test_smaller_passes_leave_the_sequences_of_a_step_as_they_are(
     recipe = phase(**settings, sequence_length=512)
     batch, _ = global_batch(recipe, tokens, devices)
     micro = micro_batch(recipe, batch, "cuda", devices)
-    found = list(choices(config, plan, recipe, micro=micro, batch=batch, stored=torch.bfloat16, compute_bytes=2, form="masked"))  # fmt: skip
+    about = {"micro": micro, "batch": batch, "stored": torch.bfloat16, "compute_bytes": 2}
+    found = list(choices(config, plan, recipe, forms=("masked",), room=0, **about))
     assert {c.micro for c in found} == {d for d in range(1, micro + 1) if micro % d == 0}
     for c in found:
         changed = Phase(**{**recipe.model_dump(exclude_unset=True), "strategy": "ssu", **c.changes})
@@ -142,10 +143,83 @@ def test_settings_that_a_run_would_refuse_are_not_offered(
 ) -> None:
     config, _, plan = tiny()
     recipe = phase(precision=precision)
-    found = list(choices(config, plan, recipe, micro=2, batch=2, stored=stored, compute_bytes=2, form="masked"))
+    found = list(
+        choices(config, plan, recipe, micro=2, batch=2, stored=stored, compute_bytes=2, forms=("masked",), room=0)
+    )
     assert {c.changes.get("optimizer", "adamw") for c in found} == optimizers
     for c in found:
         check_types(Phase(**{**recipe.model_dump(exclude_unset=True), "strategy": "ssu", **c.changes}), stored)
+
+
+@pytest.mark.parametrize(
+    ("gib", "settings", "form"),
+    [
+        (141, {}, "resident"),
+        (80, {}, "assemble"),
+        (
+            80,
+            {"optimizer": "adamw_8bit", "master_weights": "model"},
+            "resident",
+        ),  # the state is what makes the difference
+        (141, {"activation_checkpointing": False}, "assemble"),  # or the activations
+        (80, {"execution": "split_resident"}, "resident"),
+        (141, {"execution": "split_assemble"}, "assemble"),
+        (141, {"execution": "masked"}, "masked"),
+    ],
+)
+def test_weights_stay_resident_where_the_gpu_has_room_for_all_that_training_needs(
+    gib: int, settings: dict[str, Any], form: str
+) -> None:
+    config, _, plan = preset("olmo2-7b")
+    recipe = phase(**{"sequence_length": 512, "activation_checkpointing": True, **settings})
+    about: dict[str, Any] = {"micro": 32, "stored_bytes": 2, "compute_bytes": 2}
+    room = ROOM["cuda"] * USABLE * gib * GIB
+    found, counted = taken(config, plan, recipe, forms=forms_of(config, plan, recipe), room=room, **about)
+    assert found == form
+    assert counted == estimate(config, plan, recipe, form=found, **about)
+    assert forms_of(config, plan, phase(), devices=2) == ("assemble",)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "execution", "free", "settled"),
+    [
+        ({"name": "ssu"}, "auto", 1e12, "split_resident"),
+        ({"name": "ssu"}, "auto", 1.0, "split_assemble"),
+        ({"name": "ssu"}, "split", 1e12, "split_resident"),
+        ({"name": "ssu"}, "masked", 1e12, "masked"),
+        ({"name": "ssu"}, "split_assemble", 1e12, "split_assemble"),
+        ({"name": "ssu", "granularity": "element"}, "auto", 1e12, "masked"),
+        ({"name": "lora"}, "auto", 1e12, "auto"),  # which would refuse any other
+        ({"name": "hft"}, "auto", 1e12, "auto"),  # whole tensors: nothing to split
+    ],
+)
+def test_what_is_estimated_is_what_is_attached(
+    strategy: dict[str, Any], execution: str, free: float, settled: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("addlang.train.memory.free_memory", lambda *_: free)
+    model = make_model("llama")
+    recipe = phase(strategy=strategy, execution=execution)
+    plan = recipe.strategy.outline(model)
+    found = settle(model, plan, recipe, micro=2, device=torch.device("cpu"), stored=torch.float32)
+    assert found.execution == settled
+    if settled.startswith("split"):
+        attached = found.strategy.attach(model, plan, found.execution)
+        assert attached.execution == f"split ({settled.removeprefix('split_')})"
+
+
+def test_where_resident_weights_do_not_fit_assembling_them_is_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, _, plan = preset("olmo2-7b")
+    monkeypatch.setattr("addlang.train.memory.device_memory", lambda _: 80 * GIB)
+    settings = {"sequence_length": 512, "activation_checkpointing": True, "precision": "bf16"}
+    errors = {
+        how: out_of_memory(
+            config, plan, phase(**settings, execution=how), micro=32, batch=32, device=torch.device("cpu"), stored=torch.bfloat16
+        )
+        for how in ("split_resident", "split_assemble")
+    }  # fmt: skip
+    assert "training needs about 75.3 GiB" in str(errors["split_resident"])
+    assert "one of: execution: split_assemble (69.6 GiB)" in str(errors["split_resident"].fix)
+    assert "execution" not in str(errors["split_assemble"].fix)
 
 
 def test_penalties_count_what_they_keep_beside_every_trained_element() -> None:

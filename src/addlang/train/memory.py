@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 USABLE = 0.93  # of a GPU's nominal memory: the CUDA context, the allocator's rounding and fragmentation take the rest
+# of that, what resident weights may leave at most: on a CPU the estimate is a lower bound (docs/performance.md)
+ROOM = {"cuda": 0.85, "cpu": 0.5}
 Form = Literal["masked", "assemble", "resident"]
 
 
@@ -53,9 +57,8 @@ def estimate(
         ``gradients``, ``optimizer``, ``guards``, ``activations`` (what passes and loss need besides, less the gradients
         that are not yet there at that moment) and their ``total``.
     """
-    outer = (config.vocab_size, config.hidden_size)  # embedding and head: never split, a frozen row is laid over
-    splits = [e for e in plan.entries.values() if len(e.shape) > 1 and e.shape != outer and _partly(e)]
-    if form != "masked" and not splits:
+    outer = (config.vocab_size, config.hidden_size)
+    if form != "masked" and not splits(config, plan):
         form = "masked"  # whole tensors only: every layer is an ordinary one
     trained, frozen, partly, restored = besides, 0, 0, 0
     for entry in plan.entries.values():
@@ -124,6 +127,12 @@ def estimate(
         moments.append(3 * max(e.numel for e in plan.entries.values() if e.frozen_count < e.numel) * master // shards)
     parts["activations"] = max(moments)
     return {**parts, "total": sum(parts.values())}
+
+
+def splits(config: Any, plan: FreezePlan) -> list[Frozen]:
+    """Matrices that are frozen in part; embedding and head are never split, a frozen row of them is laid over."""
+    outer = (config.vocab_size, config.hidden_size)
+    return [e for e in plan.entries.values() if len(e.shape) > 1 and e.shape != outer and _partly(e)]
 
 
 def _partly(entry: Frozen) -> bool:
@@ -251,7 +260,8 @@ def choices(
     micro: int,
     batch: int,
     stored: torch.dtype,
-    shards: int = 1,
+    forms: tuple[Form, ...],
+    room: float,
     **about: Any,
 ) -> Iterator[Choice]:
     """Settings that need less and less, the most faithful first: smaller passes, checkpointing, then precision.
@@ -262,14 +272,17 @@ def choices(
         micro: sequences per forward pass of the recipe; smaller ones are tried too.
         batch: sequences per optimizer step, over all devices.
         stored: type of the checkpoint.
+        forms, room: see :func:`taken`.
         about: the remaining arguments of :func:`estimate`.
     """
+    executions: tuple[dict[str, Any], ...] = ({}, {"execution": "split_assemble"}) if forms == ("resident",) else ({},)
     for precision in PRECISION:
         if precision.get("master_weights") == "model" and stored.itemsize > 2:
             continue  # a checkpoint in fp32 stays fp32
         for checkpointing in (False, True) if not phase.activation_checkpointing else (True,):
-            for sequences in [d for d in range(micro, 0, -1) if micro % d == 0]:
-                changes = {k: v for k, v in precision.items() if getattr(phase, k) != v}
+            passes = [d for d in range(micro, 0, -1) if micro % d == 0]
+            for execution, sequences in itertools.product(executions, passes):
+                changes = {k: v for k, v in precision.items() if getattr(phase, k) != v} | execution
                 if checkpointing and not phase.activation_checkpointing:
                     changes["activation_checkpointing"] = True
                 changes |= smaller_passes(phase, micro, sequences, batch)
@@ -282,7 +295,8 @@ def choices(
                     "compute_bytes": stored.itemsize if changed.master_weights == "model" else about["compute_bytes"],
                     "accumulated": about.get("accumulated", False) or sequences < micro,
                 }
-                memory = estimate(config, plan, changed, micro=sequences, shards=shards, **now)
+                own: tuple[Form, ...] = ("assemble",) if execution else forms
+                _, memory = taken(config, plan, changed, forms=own, room=room, micro=sequences, **now)
                 yield Choice(changes, sequences, memory)
 
 
@@ -385,18 +399,18 @@ def out_of_memory(
     """The error with the estimate and at most three settings that would fit."""
     from addlang.train.loop import compute_dtype
 
-    shards = world.size if sharding_of(phase, world) == "fsdp" else 1
     batch = batch or micro * world.size
+    available = device_memory(device) * USABLE
     about: dict[str, Any] = {
         "besides": besides,
         "accumulated": batch > micro * world.size,
         "compute_bytes": (compute_dtype(phase, device) or stored).itemsize,
-        "form": form_of(plan, phase),
+        "forms": forms_of(config, plan, phase, devices=world.size),
+        "room": ROOM[device.type] * available,
+        "shards": world.size if sharding_of(phase, world) == "fsdp" else 1,
     }
-    need = estimate(config, plan, phase, micro=micro, shards=shards, stored_bytes=stored.itemsize, **about)
-    available = device_memory(device) * USABLE
-    every = choices(config, plan, phase, micro=micro, batch=batch, stored=stored, shards=shards, **about)
-    fits = that_fit(every, available)
+    _, need = taken(config, plan, phase, micro=micro, stored_bytes=stored.itemsize, **about)
+    fits = that_fit(choices(config, plan, phase, micro=micro, batch=batch, stored=stored, **about), available)
     parts = ", ".join(f"{k.replace('_', ' ')} {v / GIB:.1f}" for k, v in need.items() if v and k != "total")
     if fits:
         fix = "one of: " + "; ".join(map(str, fits))
@@ -409,23 +423,96 @@ def out_of_memory(
     )
 
 
-def form_of(plan: FreezePlan, phase: Phase, *, splittable: bool = True) -> Form:
-    """The form of execution whose memory is estimated; of the split ones the one that is chosen where memory is short.
+def forms_of(
+    config: Any, plan: FreezePlan, phase: Phase, *, splittable: bool = True, devices: int = 1
+) -> tuple[Form, ...]:
+    """Forms of execution that the phase may take, the fastest first; see :func:`taken`.
 
     Args:
         splittable: whether split execution can run the plan.
     """
-    if phase.execution == "masked" or not splittable or any(e.kind == "elements" for e in plan.entries.values()):
-        return "masked"
-    return "resident" if phase.execution == "split_resident" else "assemble"
+    parts = splits(config, plan)
+    if phase.execution == "masked" or not splittable or any(e.kind == "elements" for e in parts):
+        return ("masked",)
+    if phase.execution == "split_resident":
+        return ("resident",)
+    if phase.execution == "split_assemble" or devices > 1 or not parts:  # resident weights cannot be sharded
+        return ("assemble",)
+    return ("resident", "assemble")
+
+
+def taken(
+    config: Any, plan: FreezePlan, phase: Phase, *, forms: tuple[Form, ...], room: float, **about: Any
+) -> tuple[Form, dict[str, int]]:
+    """The first of the forms that needs at most ``room`` bytes, or else the last, and its :func:`estimate`."""
+    for form in forms:
+        memory = estimate(config, plan, phase, form=form, **about)
+        if memory["total"] <= room:
+            break
+    return form, memory
+
+
+def settle(
+    model: Any,
+    plan: FreezePlan,
+    phase: Phase,
+    *,
+    micro: int,
+    device: torch.device,
+    stored: torch.dtype,
+    world: World = ALONE,
+    batch: int | None = None,
+) -> Phase:
+    """The phase with an ``execution`` that leaves nothing to choose: what ``auto`` and ``split`` come to on this device.
+
+    Args:
+        model: loaded, and not attached yet.
+        batch: as of :func:`explain_out_of_memory`.
+    """
+    from addlang.freeze.split import why_not_split
+    from addlang.train.loop import compute_dtype
+
+    kept, besides = phase.strategy.footprint(model, plan)
+    if phase.execution not in ("auto", "split") or besides or not splits(model.config, plan):
+        return phase
+    splittable = why_not_split(model, plan) is None
+    if not splittable and phase.execution == "split":
+        return phase  # it is refused when it is attached, with the reason
+    form, _ = taken(
+        model.config,
+        kept,
+        phase,
+        forms=forms_of(model.config, kept, phase, splittable=splittable, devices=world.size),
+        room=ROOM[device.type] * free_memory(device, model),
+        micro=micro,
+        stored_bytes=stored.itemsize,
+        compute_bytes=(compute_dtype(phase, device) or stored).itemsize,
+        accumulated=(batch or micro) > micro,
+    )
+    return phase.model_copy(update={"execution": form if form == "masked" else f"split_{form}"})
 
 
 def device_memory(device: torch.device) -> int:
     """All memory of the device, or of the host for the CPU, in bytes."""
-    import os
-
     import torch
 
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def free_memory(device: torch.device, model: Any = None) -> float:
+    """What of :func:`device_memory` training can use: what other processes leave, with what this one holds already.
+
+    Args:
+        model: on the device, if it is loaded.
+    """
+    import torch
+
+    if device.type == "cuda":
+        own = torch.cuda.memory_reserved(device)
+        return min(USABLE * device_memory(device), torch.cuda.mem_get_info(device)[0] + own)
+    if "SC_AVPHYS_PAGES" not in os.sysconf_names:
+        return 0.0
+    own = 0 if model is None else sum(p.numel() * p.element_size() for p in model.parameters())
+    return min(USABLE * device_memory(device), os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") + own)

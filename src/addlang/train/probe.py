@@ -46,7 +46,7 @@ def seconds_per_step(
 
     from addlang.models import Checkpoint, apply_liger, load_model
     from addlang.train.loop import Schedule, compute_dtype, train
-    from addlang.train.memory import GIB, device_memory
+    from addlang.train.memory import GIB, device_memory, settle
 
     if need > device_memory(device) / 2:
         raise AddlangError(
@@ -58,11 +58,13 @@ def seconds_per_step(
     model = load_model(source, dtype=dtype, device=device, attn_implementation=phase.attn_implementation)
     if phase.use_liger_kernel:
         apply_liger(model)
-    attached = phase.strategy.attach(model, plan, phase.execution, masters=phase.master_weights == "fp32")
+    share = -(-data.batch_size // devices)
+    execution = settle(model, plan, phase, micro=micro, device=device, stored=stored, batch=share).execution
+    attached = phase.strategy.attach(model, plan, execution, masters=phase.master_weights == "fp32")
     steps = min(STEPS, data.sequences // data.batch_size)
     probe = phase.model_copy(update={"logging_steps": 1, "warmup_steps": 0, "report_to": (), "sharding": "auto"})
     with tempfile.TemporaryDirectory() as folder:
-        schedule = Schedule(steps, -(-data.batch_size // devices), micro)
+        schedule = Schedule(steps, share, micro)
         train(attached, data, probe, Path(folder), device=device, schedule=schedule, seed=0)
         rows = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     ends = [0.0, *(row["seconds"] for row in rows)]
