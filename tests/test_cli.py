@@ -340,6 +340,23 @@ def test_the_probe_of_plan_fuses_what_the_run_fuses_and_times_one_devices_part_o
     assert phase["not_timed"] == ["evaluation", "exchange between devices"]
 
 
+@pytest.mark.parametrize("execution", ["masked", "split"])
+def test_the_disk_that_plan_asks_for_is_what_a_runs_checkpoints_take(
+    execution: str, addlang: Addlang, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from addlang.train import checkpoint
+
+    options = ("--execution", execution, "--save_total_limit", 1)
+    plan = addlang("plan", recipe, "--json", *options).json
+    said = plan["phases"][0]["checkpoint_bytes"]
+    monkeypatch.setattr(checkpoint, "clear", lambda _: None)
+    assert addlang("run", recipe, *options).code == 0
+    (kept,) = (tmp_path / "out").rglob("checkpoint-*")
+    tensors = sum(f.stat().st_size for f in kept.glob("*.safetensors"))
+    assert tensors == pytest.approx(said, rel=0.1)  # names of tensors count at this size
+    assert plan["disk_bytes"] == pytest.approx(2 * said, rel=0.3)  # one more while it is written, and the result
+
+
 def test_plan_says_what_fits_on_a_gpu(addlang: Addlang, recipe: Path) -> None:
     plan = addlang("plan", recipe, "--gpu", 24, "--json").json
     (phase,) = plan["phases"]

@@ -33,7 +33,7 @@ def plan_run(
     from addlang.models import load_tokenizer, parameter_kinds, resolve, skeleton, stored_dtype, weights_at_hand
     from addlang.run import check_model, describe, prepare_device
     from addlang.train.loop import compute_dtype
-    from addlang.train.memory import GIB, ROOM, USABLE, forms_of, free_memory, optimizer_bytes, splits, taken
+    from addlang.train.memory import GIB, ROOM, USABLE, forms_of, free_memory, splits, taken
     from addlang.train.optimizers import warmup
     from addlang.train.probe import not_timed, seconds_per_step
     from addlang.train.schedule import micro_batch
@@ -81,14 +81,13 @@ def plan_run(
             steps, tokens = math.ceil(steps * longer), round(tokens * longer)
             notes.append(f"{data.pool.replay.share:.0%} replay is still to be written by the model before this phase")
         warmup(phase, steps)
-        master = 4 if phase.master_weights == "fp32" else stored.itemsize
         form, memory = taken(config, kept, phase, micro=micro, stored_bytes=stored.itemsize, **about)
+        alone = {**about, "shards": 1}
+        _, whole = taken(config, kept, phase, micro=micro, stored_bytes=stored.itemsize, **alone)
         seconds = None
         if probe:
-            alone = {**about, "shards": 1, "stored_bytes": stored.itemsize}
-            need = taken(config, kept, phase, micro=micro, **alone)[1]["total"]
             seconds = steps * seconds_per_step(
-                source, phase, plan, data, micro=micro, need=need, device=here, devices=devices
+                source, phase, plan, data, micro=micro, need=whole["total"], device=here, devices=devices
             )
         phases.append(
             {
@@ -115,7 +114,7 @@ def plan_run(
                 ),
                 "seconds": seconds,
                 "not_timed": not_timed(phase, devices) if probe else None,
-                "checkpoint_bytes": round((kept.trainable_count + besides) * (master + optimizer_bytes(phase, master))),
+                "checkpoint_bytes": whole["trained_weights"] + whole["optimizer"],
             }
         )
     weights = sum(p.numel() for p in model.parameters()) * stored.itemsize
