@@ -14,7 +14,19 @@ from addlang.planning import fit_gpu
 from addlang.recipe import Phase
 from addlang.strategies import make_strategy
 from addlang.strategies.costs import PRESETS
-from addlang.train.memory import GIB, ROOM, USABLE, choices, estimate, forms_of, out_of_memory, settle, taken, that_fit
+from addlang.train.memory import (
+    GIB,
+    ROOM,
+    USABLE,
+    choices,
+    estimate,
+    forms_of,
+    out_of_memory,
+    score_bytes,
+    settle,
+    taken,
+    that_fit,
+)
 from addlang.train.optimizers import check_types
 from addlang.train.schedule import global_batch, micro_batch
 from training import phase
@@ -220,6 +232,63 @@ def test_where_resident_weights_do_not_fit_assembling_them_is_offered(monkeypatc
     assert "training needs about 75.3 GiB" in str(errors["split_resident"])
     assert "one of: execution: split_assemble (69.6 GiB)" in str(errors["split_resident"].fix)
     assert "execution" not in str(errors["split_assemble"].fix)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("guards", [[], ["kl"]])
+def test_eager_attention_keeps_the_scores_of_every_layer(checkpointing: bool, guards: list[str]) -> None:
+    config, _, plan = preset("olmo2-7b")
+    assert config._attn_implementation == "sdpa"
+    fused, eager = (
+        estimate(
+            config, plan, phase(sequence_length=512, activation_checkpointing=checkpointing, attn_implementation=how, guards=guards),
+            micro=4, stored_bytes=2, compute_bytes=2, form="assemble", accumulated=True,
+        )["activations"]
+        for how in (None, "eager")
+    )  # fmt: skip
+    of_a_layer = 4 * 32 * 512**2 * 6  # sequences, heads, pairs of tokens, bytes
+    added = eager - fused
+    # without checkpointing of all 32 layers; with it of the one that is recomputed, if that is the moment that needs most
+    assert added == 32 * of_a_layer if not checkpointing else 0 <= added <= of_a_layer
+
+
+@pytest.mark.parametrize(
+    ("architecture", "autocast"), [("llama", True), ("llama", False), ("gemma2", True), ("gemma2", False)]
+)
+def test_eager_attention_keeps_as_many_bytes_per_score_as_are_counted(architecture: str, autocast: bool) -> None:
+    model = make_model(architecture, attn_implementation="eager").train()
+    ids = torch.randint(6, 260, (2, 96), generator=torch.Generator().manual_seed(0))
+    scores = 2 * model.config.num_attention_heads * 96**2
+    kept: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        if t.numel() == scores:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16, autocast):
+        logits = model(input_ids=ids, use_cache=False).logits
+    assert logits.requires_grad
+    per_layer = sum(kept.values()) // model.config.num_hidden_layers
+    assert per_layer == scores * score_bytes(model.config, 2 if autocast else 4)
+
+
+def test_the_kind_of_attention_that_a_model_takes_by_itself_is_counted() -> None:
+    model = make_model("gemma2")
+    assert model.config._attn_implementation == "eager"
+    plan = make_strategy("full", {}).outline(model)
+    settings: dict[str, Any] = {
+        "micro": 2,
+        "stored_bytes": 4,
+        "compute_bytes": 4,
+        "form": "masked",
+        "accumulated": True,
+    }
+    own, fused = (
+        estimate(model.config, plan, phase(sequence_length=256, attn_implementation=how), **settings)["activations"]
+        for how in (None, "sdpa")
+    )
+    assert own - fused == 2 * 2 * 4 * 256**2 * 8  # layers, sequences, heads, pairs of tokens, bytes
 
 
 def test_penalties_count_what_they_keep_beside_every_trained_element() -> None:

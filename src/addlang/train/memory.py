@@ -119,10 +119,15 @@ def estimate(
     length = phase.sequence_length
     # the guards of a step run before its target text, so that this finds every gradient there
     missing = 0 if accumulated or guards else gradients
-    moments = [passes(config, micro * length, compute_bytes, missing=missing, **common)]
+    eager = (phase.attn_implementation or getattr(config, "_attn_implementation", None)) == "eager"
+    scores = (
+        config.num_attention_heads * length**2 * score_bytes(config, compute_bytes) if eager else 0
+    )  # of a sequence
+    moments = [passes(config, micro * length, compute_bytes, missing=missing, scores=micro * scores, **common)]
     rows = max((g.rows_per_pass(micro, length, config.vocab_size) for g in guards), default=0)
     if rows:
-        moments.append(passes(config, rows * length, compute_bytes, missing=0, whole_logits=True, **common))
+        own = {"missing": 0, "scores": rows * scores, "whole_logits": True}
+        moments.append(passes(config, rows * length, compute_bytes, **own, **common))
     if any(kept_by_guards):  # the distance from the source, its multiple and its square, tensor by tensor
         moments.append(3 * max(e.numel for e in plan.entries.values() if e.frozen_count < e.numel) * master // shards)
     parts["activations"] = max(moments)
@@ -152,6 +157,7 @@ def passes(
     missing: int,
     embedding: int,
     head: int,
+    scores: int = 0,
     whole_logits: bool = False,
 ) -> int:
     """The most that forward, loss and backward need beside weights, optimizer and all gradients, in bytes.
@@ -169,6 +175,7 @@ def passes(
         missing: bytes of all gradients, if none is there when backward begins.
         embedding: bytes of the gradient of an embedding that is not tied to the head; it comes last.
         head: bytes of the head's gradient, which the loss makes in the forward pass.
+        scores: bytes that attention keeps per layer for each query and key, where it is not fused.
         whole_logits: the loss is that of a guard, which takes the logits of all tokens at once.
     """
     from addlang.train.loss import CHUNK_ELEMENTS
@@ -185,6 +192,7 @@ def passes(
     layer = (
         4 * stream
         + tokens * inputs
+        + scores
         + tokens * bytes_per * (2 * (q + kv) + 2 * q + 2 * kv + 4 * f - (f // 2 if shared and not checkpointing else 0))
     )
     passing = 3 * tokens * f * bytes_per  # gradients inside one MLP
@@ -208,6 +216,13 @@ def passes(
         2 * stream,  # the gradient of the embedding
     )
     return max(moments)
+
+
+def score_bytes(config: Any, bytes_per: int) -> int:
+    """Bytes that eager attention keeps for backward per head, query and key: the softmax in fp32, what was cast of it for
+    the product with the values, and what Gemma 2's soft cap made."""
+    cap = getattr(config, "attn_logit_softcapping", None) is not None
+    return 4 + (bytes_per if bytes_per < 4 else 0) + (bytes_per if cap else 0)
 
 
 def optimizer_bytes(phase: Phase, master: int) -> float:
