@@ -120,9 +120,7 @@ def estimate(
     # the guards of a step run before its target text, so that this finds every gradient there
     missing = 0 if accumulated or guards else gradients
     eager = (phase.attn_implementation or getattr(config, "_attn_implementation", None)) == "eager"
-    scores = (
-        config.num_attention_heads * length**2 * score_bytes(config, compute_bytes) if eager else 0
-    )  # of a sequence
+    scores = config.num_attention_heads * length**2 * score_bytes(config, compute_bytes) if eager else 0
     moments = [passes(config, micro * length, compute_bytes, missing=missing, scores=micro * scores, **common)]
     rows = max((g.rows_per_pass(micro, length, config.vocab_size) for g in guards), default=0)
     if rows:
@@ -175,7 +173,7 @@ def passes(
         missing: bytes of all gradients, if none is there when backward begins.
         embedding: bytes of the gradient of an embedding that is not tied to the head; it comes last.
         head: bytes of the head's gradient, which the loss makes in the forward pass.
-        scores: bytes that attention keeps per layer for each query and key, where it is not fused.
+        scores: bytes of attention that each layer keeps for all pairs of query and key, where it is not fused.
         whole_logits: the loss is that of a guard, which takes the logits of all tokens at once.
     """
     from addlang.train.loss import CHUNK_ELEMENTS
