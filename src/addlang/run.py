@@ -154,9 +154,9 @@ def adapt(
     plan, guards = world.in_turn(lambda: prepare(model))
     if phase.use_liger_kernel:
         apply_liger(model)
-    about = {"micro": micro, "device": device, "stored": stored.dtype, "world": world, "batch": schedule.batch}
-    settled = settle(model, plan, phase, **about)
-    with explain_out_of_memory(model, plan, settled, **about):
+    about: dict[str, Any] = {"micro": micro, "device": device, "stored": stored.dtype, "world": world}
+    settled = settle(model, plan, phase, batch=schedule.batch, **about)
+    with explain_out_of_memory(model, plan, settled, batch=schedule.batch, **about):
         attached = phase.strategy.attach(model, plan, settled.execution, masters=phase.master_weights == "fp32")
         planned = run.state.get("plan", {})
         run.update(plan={**planned, phase.name: {**planned.get(phase.name, {}), "execution": attached.execution}})

@@ -154,7 +154,7 @@ def run_probe(
         guards = start_guards(run, phase, model, stored.hash, tokenizer, device, planned, base_dir)
         if phase.use_liger_kernel:
             apply_liger(model)
-        about = {"micro": micro, "device": device, "stored": stored.dtype, "batch": data.batch_size}
+        about: dict[str, Any] = {"micro": micro, "device": device, "stored": stored.dtype, "batch": data.batch_size}
         settled = settle(model, plan, phase, **about)
         with explain_out_of_memory(model, plan, settled, **about):
             attached = phase.strategy.attach(model, plan, settled.execution, masters=phase.master_weights == "fp32")

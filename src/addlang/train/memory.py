@@ -124,8 +124,8 @@ def estimate(
     moments = [passes(config, micro * length, compute_bytes, missing=missing, scores=micro * scores, **common)]
     rows = max((g.rows_per_pass(micro, length, config.vocab_size) for g in guards), default=0)
     if rows:
-        own = {"missing": 0, "scores": rows * scores, "whole_logits": True}
-        moments.append(passes(config, rows * length, compute_bytes, **own, **common))
+        common |= {"missing": 0, "scores": rows * scores, "whole_logits": True}
+        moments.append(passes(config, rows * length, compute_bytes, **common))
     if any(kept_by_guards):  # the distance from the source, its multiple and its square, tensor by tensor
         moments.append(3 * max(e.numel for e in plan.entries.values() if e.frozen_count < e.numel) * master // shards)
     parts["activations"] = max(moments)
