@@ -278,9 +278,11 @@ def test_plan_tells_what_the_run_will_do_and_trains_nothing(addlang: Addlang, re
     assert phase["steps"] == state["train"]["adapt"]["steps"]
     assert phase["tokens"] == state["data"]["adapt"]["tokens"]
     assert phase["trainable_fraction"] == pytest.approx(state["plan"]["adapt"]["trainable_fraction"])
+    assert state["plan"]["adapt"]["execution"] == f"split ({phase['form']})"
     shown = addlang("plan", recipe)
     assert f"{phase['trainable']:,} of {phase['parameters']:,} parameters are trained" in shown.out
     assert "up_proj" in shown.out
+    assert "on a CPU the memory is a lower bound" in shown.out
 
 
 def test_plan_knows_what_split_execution_cannot_run(addlang: Addlang, recipe: Path) -> None:
@@ -331,6 +333,67 @@ def test_plan_refuses_what_a_run_on_as_many_devices_would(addlang: Addlang, reci
         for how in ("fsdp", "ddp")
     )
     assert spread["optimizer"] == pytest.approx(copied["optimizer"] / 2, rel=0.01)
+
+
+def test_plan_times_a_few_steps_and_says_what_is_not_counted(addlang: Addlang, recipe: Path, tmp_path: Path) -> None:
+    plan = addlang("plan", recipe, "--probe", "--json", "--guards", "[kl, l2sp]", "--sampler", "self_paced").json
+    assert plan["phases"][0]["seconds"] > 0
+    assert plan["phases"][0]["not_timed"] == ["evaluation", "guards (kl, l2sp)", "the sampler (self_paced)"]
+    shown = addlang("plan", recipe, "--probe").out
+    assert "for this phase on CPU" in shown
+    assert "not counted: evaluation\n" in shown
+    assert "time:" not in addlang("plan", recipe).out
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_probe_of_plan_fuses_what_the_run_fuses_and_times_one_devices_part_of_a_step(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from addlang import models
+    from addlang.planning import plan_run
+    from addlang.train import loop
+
+    fused, schedules, train = [], [], loop.train
+    monkeypatch.setattr(models, "apply_liger", lambda model: fused.append(model))
+    monkeypatch.setattr(
+        loop, "train", lambda *a, schedule, **kw: schedules.append(schedule) or train(*a, schedule=schedule, **kw)
+    )
+    loaded = world.recipe(tmp_path / "out", use_liger_kernel=True, batch_size=4)
+    (phase,) = plan_run(loaded, devices=2, probe=True)["phases"]
+    assert len(fused) == 1
+    assert (phase["batch_size"], schedules[0].batch) == (4, 2)
+    assert phase["not_timed"] == ["evaluation", "exchange between devices"]
+
+
+@pytest.mark.parametrize("execution", ["masked", "split"])
+def test_the_disk_that_plan_asks_for_is_what_a_runs_checkpoints_take(
+    execution: str, addlang: Addlang, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from addlang.train import checkpoint
+
+    options = ("--execution", execution, "--save_total_limit", 1)
+    plan = addlang("plan", recipe, "--json", *options).json
+    said = plan["phases"][0]["checkpoint_bytes"]
+    monkeypatch.setattr(checkpoint, "clear", lambda _: None)
+    assert addlang("run", recipe, *options).code == 0
+    (kept,) = (tmp_path / "out").rglob("checkpoint-*")
+    tensors = sum(f.stat().st_size for f in kept.glob("*.safetensors"))
+    assert tensors == pytest.approx(said, rel=0.1)  # names of tensors count at this size
+    assert plan["disk_bytes"] == pytest.approx(2 * said, rel=0.3)  # one more while it is written, and the result
+
+
+def test_plan_says_what_fits_on_a_gpu(addlang: Addlang, recipe: Path) -> None:
+    plan = addlang("plan", recipe, "--gpu", 24, "--json").json
+    (phase,) = plan["phases"]
+    assert plan["device"] == "GPU of 24 GiB"
+    assert phase["gpu"]["available_bytes"] == round(24 * 2**30 * 0.93)
+    assert phase["gpu"]["changes"] == {}
+    assert phase["gpu"]["memory"]["total"] == phase["memory"]["total"]
+    assert all(row["fits"] for row in phase["gpu"]["table"])
+    shown = addlang("plan", recipe, "--gpu", 24).out
+    assert "22.3 GiB of the GPU can be used" in shown
+    assert "nearest to the recipe that fits: the recipe as it is" in shown
+    assert "lower bound" not in shown
 
 
 def test_plan_needs_no_weights_and_says_whose_type_it_reckons_with(

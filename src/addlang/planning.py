@@ -33,9 +33,9 @@ def plan_run(
     from addlang.models import load_tokenizer, parameter_kinds, resolve, skeleton, stored_dtype, weights_at_hand
     from addlang.run import check_model, describe, prepare_device
     from addlang.train.loop import compute_dtype
-    from addlang.train.memory import GIB, USABLE, estimate, form_of, optimizer_bytes
+    from addlang.train.memory import GIB, ROOM, USABLE, forms_of, free_memory, splits, taken
     from addlang.train.optimizers import check_steps
-    from addlang.train.probe import seconds_per_step
+    from addlang.train.probe import not_timed, seconds_per_step
     from addlang.train.schedule import micro_batch
     from addlang.train.shard import World, check_sharding
 
@@ -65,9 +65,9 @@ def plan_run(
         kept, besides = phase.strategy.footprint(model, plan)
         about: dict[str, Any] = {
             "besides": besides,
-            "stored_bytes": stored.itemsize,
             "compute_bytes": dtype.itemsize,
-            "form": form_of(plan, phase, splittable=refused is None),
+            "forms": forms_of(config, kept, phase, splittable=refused is None, devices=devices),
+            "room": ROOM[device.type] * (free_memory(here) if gpu is None else gpu * GIB * USABLE),
             "shards": devices if sharding == "fsdp" else 1,
             "accumulated": data.batch_size > micro * devices,
         }
@@ -86,17 +86,20 @@ def plan_run(
                 "trained; they do not count towards the budget"
             )
         check_steps(phase, steps)
-        master = 4 if phase.master_weights == "fp32" else stored.itemsize
-        memory = estimate(config, kept, phase, micro=micro, **about)
+        form, memory = taken(config, kept, phase, micro=micro, stored_bytes=stored.itemsize, **about)
+        alone = {**about, "shards": 1}
+        _, whole = taken(config, kept, phase, micro=micro, stored_bytes=stored.itemsize, **alone)
         seconds = None
         if probe:
-            need = estimate(config, kept, phase, micro=micro, **{**about, "shards": 1})["total"]
-            seconds = steps * seconds_per_step(source, phase, plan, data, micro=micro, need=need, device=here)
+            seconds = steps * seconds_per_step(
+                source, phase, plan, data, micro=micro, need=whole["total"], device=here, devices=devices
+            )
         phases.append(
             {
                 "phase": phase.name,
                 "strategy": phase.strategy.name,
                 "execution": "adapters" if besides else "masked" if masked else "split",
+                "form": form if splits(config, kept) and not masked else None,
                 "why_masked": refused if phase.execution == "auto" and refused else None,
                 "parameters": plan.numel,
                 "trainable": kept.trainable_count + besides,
@@ -109,9 +112,14 @@ def plan_run(
                 "sources": data.card["sources"],
                 "notes": notes,
                 "memory": memory,
-                "gpu": None if gpu is None else fit_gpu(config, model, kept, phase, micro, about, gpu * GIB * USABLE),
+                "gpu": None
+                if gpu is None
+                else fit_gpu(
+                    model, kept, phase, gpu * GIB * USABLE, micro=micro, batch=data.batch_size, stored=stored, **about
+                ),
                 "seconds": seconds,
-                "checkpoint_bytes": round((kept.trainable_count + besides) * (master + optimizer_bytes(phase, master))),
+                "not_timed": not_timed(phase, devices) if probe else None,
+                "checkpoint_bytes": whole["trained_weights"] + whole["optimizer"],
             }
         )
     weights = sum(p.numel() for p in model.parameters()) * stored.itemsize
@@ -129,30 +137,29 @@ def plan_run(
     }
 
 
-def fit_gpu(
-    config: Any, model: Any, plan: FreezePlan, phase: Phase, micro: int, about: dict[str, Any], available: float
-) -> dict[str, Any]:
+def fit_gpu(model: Any, plan: FreezePlan, phase: Phase, available: float, **about: Any) -> dict[str, Any]:
     """The setting nearest to the recipe that fits into ``available`` bytes, and a table of what the others need.
 
     First smaller passes and activation checkpointing, which change no result; then 8-bit state, stochastic rounding,
     both; last a higher ratio, which trains less.
-    """
-    from addlang.train.memory import Choice, choices
 
-    every = list(choices(config, plan, phase, micro=micro, **about))
+    Args:
+        about: the remaining arguments of :func:`addlang.train.memory.choices`.
+    """
+    from addlang.train.memory import PASS, Choice, choices
+
+    every = list(choices(model.config, plan, phase, **about))
     chosen = next((c for c in every if c.total <= available), None)
     ratio = getattr(phase.strategy, "ratio", None)
     for higher in (0.625, 0.75, 0.875):
         if chosen is None and isinstance(ratio, float) and higher > ratio:
             narrower = phase.strategy.model_copy(update={"ratio": higher}).outline(model)
-            found = next(
-                (c for c in choices(config, narrower, phase, micro=micro, **about) if c.total <= available), None
-            )
+            found = next((c for c in choices(model.config, narrower, phase, **about) if c.total <= available), None)
             if found is not None:
                 chosen = Choice({**found.changes, "strategy.ratio": higher}, found.micro, found.memory)
     rows: dict[str, Choice] = {}
     for c in every:  # per setting the largest pass that fits, or else the smallest
-        key = str({k: v for k, v in c.changes.items() if k != "per_device_train_batch_size"})
+        key = str({k: v for k, v in c.changes.items() if k not in PASS})
         if key not in rows or rows[key].total > available:
             rows[key] = c
     return {
@@ -173,6 +180,7 @@ def show_plan(result: dict[str, Any]) -> None:
     for p in result["phases"]:
         print(
             f"phase {p['phase']}: strategy {p['strategy']}, execution {p['execution']}"
+            + (f" ({p['form']})" if p["form"] else "")
             + (f" ({p['why_masked']})" if p["why_masked"] else "")
         )
         print(f"{p['trainable']:,} of {p['parameters']:,} parameters are trained ({p['trainable_fraction']:.1%})")
@@ -192,10 +200,13 @@ def show_plan(result: dict[str, Any]) -> None:
             ["memory per device", "GiB"],
             [[k.replace("_", " "), f"{v / 2**30:.3f}"] for k, v in p["memory"].items() if v],
         )
+        if result["device"] == "cpu":
+            print("on a CPU the memory is a lower bound, 3 to 45 % below measured peaks, most with long sequences")
         if p["gpu"] is not None:
             show_gpu(p["gpu"])
         if p["seconds"] is not None:
-            print(f"time: about {duration(p['seconds'])} for this phase on {result['here']}, evaluation not counted")
+            left_out = ", ".join(p["not_timed"])
+            print(f"time: about {duration(p['seconds'])} for this phase on {result['here']}; not counted: {left_out}")
     print(f"disk: {result['disk_bytes'] / 2**30:.3f} GiB")
 
 

@@ -133,7 +133,7 @@ def adapt(
     from addlang.models import Checkpoint, apply_liger, load_model
     from addlang.phases import answer_replay
     from addlang.train.loop import Schedule, compute_dtype, train
-    from addlang.train.memory import explain_out_of_memory
+    from addlang.train.memory import explain_out_of_memory, settle
     from addlang.train.schedule import micro_batch
     from addlang.train.self_paced import self_paced
 
@@ -157,11 +157,10 @@ def adapt(
     plan, guards = world.in_turn(lambda: prepare(model))
     if phase.use_liger_kernel:
         apply_liger(model)
-    with explain_out_of_memory(
-        model, plan, phase, micro=micro, device=device, stored=stored.dtype, world=world,
-        accumulated=schedule.batch > micro * world.size,
-    ):  # fmt: skip
-        attached = phase.strategy.attach(model, plan, phase.execution, masters=phase.master_weights == "fp32")
+    about: dict[str, Any] = {"micro": micro, "device": device, "stored": stored.dtype, "world": world}
+    settled = settle(model, plan, phase, batch=schedule.batch, **about)
+    with explain_out_of_memory(model, plan, settled, batch=schedule.batch, **about):
+        attached = phase.strategy.attach(model, plan, settled.execution, masters=phase.master_weights == "fp32")
         planned = run.state.get("plan", {})
         run.update(plan={**planned, phase.name: {**planned.get(phase.name, {}), "execution": attached.execution}})
         seed = run.recipe.seed
@@ -280,6 +279,7 @@ def start_guards(
                 language=run.recipe.source_language,
                 sequence_length=phase.sequence_length,
                 batch=schedule.batch,
+                micro=schedule.micro,
                 steps=schedule.steps,
                 autocast=compute_context(phase, device),
                 calibration=lambda: calibration_batches(

@@ -27,7 +27,7 @@ class Given:
     source = "three sequences"
 
 
-def start(model: Any, cache: Path, **options: Any) -> Any:
+def start(model: Any, cache: Path, *, micro: int = 4, **options: Any) -> Any:
     guard = make_guard("kl", options)
     return guard.start(
         GuardContext(
@@ -40,6 +40,7 @@ def start(model: Any, cache: Path, **options: Any) -> Any:
             language="en",
             sequence_length=64,
             batch=4,
+            micro=micro,
             steps=10,
             autocast=contextlib.nullcontext,
             calibration=lambda: Given(),
@@ -73,6 +74,22 @@ def test_the_source_has_no_divergence_from_itself_and_a_changed_model_has(tmp_pa
     with torch.no_grad():
         model.model.norm.weight.mul_(1.5)
     assert active.backward(attached, 1) > 0.01
+
+
+def test_the_guard_passes_no_more_rows_at_once_than_the_target_and_its_term_does_not_depend_on_it(
+    tmp_path: Path,
+) -> None:
+    model = make_model("llama")
+    full = make_strategy("full", {})
+    attached = full.attach(model, full.plan(model, PlanInputs()), "masked")
+    seen, terms = [], []
+    model.register_forward_pre_hook(lambda _, __, kw: seen.append(len(kw["input_ids"])), with_kwargs=True)
+    for micro in (4, 1):
+        active = start(model, tmp_path, micro=micro, mode="replay", share=0.5)
+        seen.clear()
+        terms.append(active.backward(attached, 1))
+        assert max(seen) == micro
+    assert terms[0] == pytest.approx(terms[1], rel=1e-5)
 
 
 @pytest.mark.usefixtures("offline")

@@ -14,6 +14,7 @@ from addlang.freeze.proof import bits
 from addlang.guards import make_guard
 from addlang.recipe import Phase
 from addlang.strategies import PlanInputs, make_strategy
+from addlang.train import loop
 from addlang.train.loop import Schedule, train
 from guarding import Data, KilledError
 
@@ -38,6 +39,19 @@ def carry_out(
         attached, Data(kill_at), phase, directory, device=torch.device("cpu"), schedule=schedule, seed=0, guards=[guard]
     )
     return {n: t.clone() for n, t in attached.export()}
+
+
+def test_every_gradient_is_there_when_the_target_text_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there: list[bool] = []
+    loss = loop.token_loss
+
+    def watch(model: Any, batch: Any) -> Any:
+        there.append(all(p.grad is not None for p in model.parameters() if p.requires_grad))
+        return loss(model, batch)
+
+    monkeypatch.setattr(loop, "token_loss", watch)
+    carry_out(tmp_path / "run", "split")
+    assert there == [True] * 6  # one pass per step; the memory estimate relies on it
 
 
 def test_the_gradient_is_lambda_times_the_distance_worked_by_hand() -> None:

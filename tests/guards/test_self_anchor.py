@@ -29,7 +29,7 @@ LOOSE = {"max_instruction_tokens": 24, "max_answer_tokens": 24, "attempts": 40}
 def context(model: Any, cache: Path, **kw: Any) -> GuardContext:
     settings: dict[str, Any] = {
         "model": model, "model_hash": "h", "tokenizer": make_tokenizer(), "seed": 0, "device": torch.device("cpu"),
-        "cache_dir": cache, "language": "en", "sequence_length": 64, "batch": 4, "steps": 10,
+        "cache_dir": cache, "language": "en", "sequence_length": 64, "batch": 4, "micro": 4, "steps": 10,
         "autocast": contextlib.nullcontext, "calibration": lambda: None, "progress": lambda *_: None,
         "read_by_guards": 0.3,
     }  # fmt: skip

@@ -7,15 +7,32 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tiny import make_model
 
 from addlang.freeze.plan import FreezePlan, Frozen
 from addlang.planning import fit_gpu
+from addlang.recipe import Phase
 from addlang.strategies import make_strategy
 from addlang.strategies.costs import PRESETS
-from addlang.train.memory import GIB, USABLE, choices, estimate, that_fit
+from addlang.train.memory import (
+    GIB,
+    ROOM,
+    USABLE,
+    choices,
+    estimate,
+    forms_of,
+    out_of_memory,
+    score_bytes,
+    settle,
+    taken,
+    that_fit,
+)
+from addlang.train.optimizers import check_types
+from addlang.train.schedule import global_batch, micro_batch
 from training import phase
 
 EMBEDDING = (100352 * 4096 * 6 / GIB, 100352 * 5120 * 6 / GIB)  # moments of the embedding in fp32 and not in 8 bits
+WHOLE: dict[str, Any] = {"micro": 32, "batch": 32, "stored": torch.bfloat16}
 STATE = ("frozen_weights", "trained_weights", "gradients", "optimizer")
 
 
@@ -26,6 +43,11 @@ def preset(name: str, **options: Any) -> tuple[Any, Any, FreezePlan]:
         model = getattr(transformers, f"{family}ForCausalLM")(config)
     strategy = make_strategy(options.pop("strategy", "ssu"), options)
     return config, model, strategy.outline(model)
+
+
+def tiny() -> tuple[Any, Any, FreezePlan]:
+    model = make_model("llama")
+    return model.config, model, make_strategy("ssu", {}).outline(model)
 
 
 def state(name: str, form: str, compute: int = 2, strategy: str = "ssu", shards: int = 1, **settings: Any) -> float:
@@ -65,10 +87,9 @@ def test_sharding_divides_what_is_kept_and_adds_what_is_gathered() -> None:
 
 
 def choose(name: str, gib: float, shards: int = 1) -> dict[str, Any]:
-    config, model, plan = preset(name)
-    settings = phase(sequence_length=512)
-    about = {"stored_bytes": 2, "compute_bytes": 2, "form": "assemble", "shards": shards}
-    return fit_gpu(config, model, plan, settings, 32, about, gib * GIB * USABLE)
+    _, model, plan = preset(name)
+    about: dict[str, Any] = {"compute_bytes": 2, "forms": ("assemble",), "room": 0, "shards": shards, **WHOLE}
+    return fit_gpu(model, plan, phase(sequence_length=512), gib * GIB * USABLE, **about)
 
 
 def test_what_fits_changes_as_little_as_possible() -> None:
@@ -84,22 +105,238 @@ def test_what_fits_changes_as_little_as_possible() -> None:
 
 def test_settings_that_fit_differ_in_more_than_the_size_of_a_pass() -> None:
     config, _, plan = preset("olmo2-7b")
-    about: dict[str, Any] = {"stored_bytes": 2, "compute_bytes": 2, "form": "assemble"}
-    found = that_fit(choices(config, plan, phase(), micro=8, **about), 80 * GIB)
+    about: dict[str, Any] = {**WHOLE, "micro": 8, "compute_bytes": 2, "forms": ("assemble",), "room": 0}
+    found = that_fit(choices(config, plan, phase(), **about), 80 * GIB)
     assert len(found) == 3
     assert all(c.total <= 80 * GIB for c in found)
     assert len({str({k: v for k, v in c.changes.items() if "batch" not in k}) for c in found}) == 3
 
 
+@pytest.mark.parametrize(
+    ("settings", "devices"),
+    [
+        ({}, 1),
+        ({"batch_size": 32}, 4),
+        ({"per_device_train_batch_size": 16}, 1),
+        ({"per_device_train_batch_size": 64}, 1),  # more than the paper's batch, so that it makes the step
+        ({"per_device_train_batch_size": 16, "gradient_accumulation_steps": 2}, 1),
+        ({"per_device_train_batch_size": 16, "gradient_accumulation_steps": 2, "batch_size": 64}, 2),
+        ({"gradient_accumulation_steps": 2}, 1),
+        ({"gradient_accumulation_steps": 2, "batch_size": 64}, 2),
+    ],
+)
+@pytest.mark.parametrize("tokens", [10**9, 10**5])
+def test_smaller_passes_leave_the_sequences_of_a_step_as_they_are(
+    settings: dict[str, Any], devices: int, tokens: int
+) -> None:
+    config, _, plan = tiny()
+    recipe = phase(**settings, sequence_length=512)
+    batch, _ = global_batch(recipe, tokens, devices)
+    micro = micro_batch(recipe, batch, "cuda", devices)
+    about = {"micro": micro, "batch": batch, "stored": torch.bfloat16, "compute_bytes": 2}
+    found = list(choices(config, plan, recipe, forms=("masked",), room=0, **about))
+    assert {c.micro for c in found} == {d for d in range(1, micro + 1) if micro % d == 0}
+    for c in found:
+        changed = Phase(**{**recipe.model_dump(exclude_unset=True), "strategy": "ssu", **c.changes})
+        assert global_batch(changed, tokens, devices)[0] == batch
+        assert micro_batch(changed, batch, "cuda", devices) == c.micro
+
+
+@pytest.mark.parametrize(
+    ("stored", "precision", "optimizers"),
+    [
+        (torch.bfloat16, "auto", {"adamw", "adamw_8bit", "adamw_bf16_sr"}),
+        (torch.float16, "auto", {"adamw", "adamw_8bit"}),
+        (torch.bfloat16, "fp32", {"adamw", "adamw_8bit"}),
+    ],
+)
+def test_settings_that_a_run_would_refuse_are_not_offered(
+    stored: torch.dtype, precision: str, optimizers: set[str]
+) -> None:
+    config, _, plan = tiny()
+    recipe = phase(precision=precision)
+    found = list(
+        choices(config, plan, recipe, micro=2, batch=2, stored=stored, compute_bytes=2, forms=("masked",), room=0)
+    )
+    assert {c.changes.get("optimizer", "adamw") for c in found} == optimizers
+    for c in found:
+        check_types(Phase(**{**recipe.model_dump(exclude_unset=True), "strategy": "ssu", **c.changes}), stored)
+
+
+@pytest.mark.parametrize(
+    ("gib", "settings", "form"),
+    [
+        (141, {}, "resident"),
+        (80, {}, "assemble"),
+        (
+            80,
+            {"optimizer": "adamw_8bit", "master_weights": "model"},
+            "resident",
+        ),  # the state is what makes the difference
+        (141, {"activation_checkpointing": False}, "assemble"),  # or the activations
+        (80, {"execution": "split_resident"}, "resident"),
+        (141, {"execution": "split_assemble"}, "assemble"),
+        (141, {"execution": "masked"}, "masked"),
+    ],
+)
+def test_weights_stay_resident_where_the_gpu_has_room_for_all_that_training_needs(
+    gib: int, settings: dict[str, Any], form: str
+) -> None:
+    config, _, plan = preset("olmo2-7b")
+    recipe = phase(**{"sequence_length": 512, "activation_checkpointing": True, **settings})
+    about: dict[str, Any] = {"micro": 32, "stored_bytes": 2, "compute_bytes": 2}
+    room = ROOM["cuda"] * USABLE * gib * GIB
+    found, counted = taken(config, plan, recipe, forms=forms_of(config, plan, recipe), room=room, **about)
+    assert found == form
+    assert counted == estimate(config, plan, recipe, form=found, **about)
+    assert forms_of(config, plan, phase(), devices=2) == ("assemble",)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "execution", "free", "settled"),
+    [
+        ({"name": "ssu"}, "auto", 1e12, "split_resident"),
+        ({"name": "ssu"}, "auto", 1.0, "split_assemble"),
+        ({"name": "ssu"}, "split", 1e12, "split_resident"),
+        ({"name": "ssu"}, "masked", 1e12, "masked"),
+        ({"name": "ssu"}, "split_assemble", 1e12, "split_assemble"),
+        ({"name": "ssu", "granularity": "element"}, "auto", 1e12, "masked"),
+        ({"name": "lora"}, "auto", 1e12, "auto"),  # which would refuse any other
+        ({"name": "hft"}, "auto", 1e12, "auto"),  # whole tensors: nothing to split
+    ],
+)
+def test_what_is_estimated_is_what_is_attached(
+    strategy: dict[str, Any], execution: str, free: float, settled: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("addlang.train.memory.free_memory", lambda *_: free)
+    model = make_model("llama")
+    recipe = phase(strategy=strategy, execution=execution)
+    plan = recipe.strategy.outline(model)
+    found = settle(model, plan, recipe, micro=2, device=torch.device("cpu"), stored=torch.float32)
+    assert found.execution == settled
+    if settled.startswith("split"):
+        attached = found.strategy.attach(model, plan, found.execution)
+        assert attached.execution == f"split ({settled.removeprefix('split_')})"
+
+
+def test_where_resident_weights_do_not_fit_assembling_them_is_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, _, plan = preset("olmo2-7b")
+    monkeypatch.setattr("addlang.train.memory.device_memory", lambda _: 80 * GIB)
+    settings = {"sequence_length": 512, "activation_checkpointing": True, "precision": "bf16"}
+    errors = {
+        how: out_of_memory(
+            config, plan, phase(**settings, execution=how), micro=32, batch=32, device=torch.device("cpu"), stored=torch.bfloat16
+        )
+        for how in ("split_resident", "split_assemble")
+    }  # fmt: skip
+    assert "training needs about 75.3 GiB" in str(errors["split_resident"])
+    assert "one of: execution: split_assemble (69.6 GiB)" in str(errors["split_resident"].fix)
+    assert "execution" not in str(errors["split_assemble"].fix)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("guards", [[], ["kl"]])
+def test_eager_attention_keeps_the_scores_of_every_layer(checkpointing: bool, guards: list[str]) -> None:
+    config, _, plan = preset("olmo2-7b")
+    assert config._attn_implementation == "sdpa"
+    fused, eager = (
+        estimate(
+            config, plan, phase(sequence_length=512, activation_checkpointing=checkpointing, attn_implementation=how, guards=guards),
+            micro=4, stored_bytes=2, compute_bytes=2, form="assemble", accumulated=True,
+        )["activations"]
+        for how in (None, "eager")
+    )  # fmt: skip
+    of_a_layer = 4 * 32 * 512**2 * 6  # sequences, heads, pairs of tokens, bytes
+    added = eager - fused
+    # without checkpointing of all 32 layers; with it of the one that is recomputed, if that is the moment that needs most
+    assert added == 32 * of_a_layer if not checkpointing else 0 <= added <= of_a_layer
+
+
+@pytest.mark.parametrize(
+    ("architecture", "autocast"), [("llama", True), ("llama", False), ("gemma2", True), ("gemma2", False)]
+)
+def test_eager_attention_keeps_as_many_bytes_per_score_as_are_counted(architecture: str, autocast: bool) -> None:
+    model = make_model(architecture, attn_implementation="eager").train()
+    ids = torch.randint(6, 260, (2, 96), generator=torch.Generator().manual_seed(0))
+    scores = 2 * model.config.num_attention_heads * 96**2
+    kept: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        if t.numel() == scores:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16, autocast):
+        logits = model(input_ids=ids, use_cache=False).logits
+    assert logits.requires_grad
+    per_layer = sum(kept.values()) // model.config.num_hidden_layers
+    assert per_layer == scores * score_bytes(model.config, 2 if autocast else 4)
+
+
+def test_the_kind_of_attention_that_a_model_takes_by_itself_is_counted() -> None:
+    model = make_model("gemma2")
+    assert model.config._attn_implementation == "eager"
+    plan = make_strategy("full", {}).outline(model)
+    settings: dict[str, Any] = {
+        "micro": 2,
+        "stored_bytes": 4,
+        "compute_bytes": 4,
+        "form": "masked",
+        "accumulated": True,
+    }
+    own, fused = (
+        estimate(model.config, plan, phase(sequence_length=256, attn_implementation=how), **settings)["activations"]
+        for how in (None, "sdpa")
+    )
+    assert own - fused == 2 * 2 * 4 * 256**2 * 8  # layers, sequences, heads, pairs of tokens, bytes
+
+
 def test_penalties_count_what_they_keep_beside_every_trained_element() -> None:
     config, _, plan = preset("olmo2-7b", strategy="full")
     settings = {"micro": 1, "stored_bytes": 2, "compute_bytes": 2, "form": "masked"}
-    plain = estimate(config, plan, phase(), **settings)
-    both = estimate(config, plan, phase(guards=["ewc", "l2sp"]), **settings)
+    plain = estimate(config, plan, phase(sequence_length=512), accumulated=True, **settings)
+    both = estimate(config, plan, phase(sequence_length=512, guards=["ewc", "l2sp"]), **settings)
     assert plain["guards"] == 0
     assert both["total"] - plain["total"] == both["guards"] == (4 + 2) * plan.trainable_count
     wide = {**settings, "stored_bytes": 4}
     assert estimate(config, plan, phase(guards=["ewc"]), **wide)["guards"] == (4 + 2) * plan.trainable_count
+
+
+@pytest.mark.parametrize("guard", ["kl", "self_anchor", "ewc", "l2sp"])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_with_a_guard_every_gradient_is_there_before_the_target_text(guard: str, checkpointing: bool) -> None:
+    config, _, plan = preset("olmo2-7b")
+    about: dict[str, Any] = {"micro": 8, "stored_bytes": 2, "compute_bytes": 2, "form": "assemble"}
+    settings = {"sequence_length": 512, "activation_checkpointing": checkpointing}
+    once, often = (estimate(config, plan, phase(**settings), accumulated=a, **about) for a in (False, True))
+    guarded = estimate(config, plan, phase(**settings, guards=[guard]), **about)
+    assert guarded["activations"] >= often["activations"] > once["activations"] + 4 * GIB
+
+
+def test_a_guards_own_pass_counts_the_logits_of_all_its_rows() -> None:
+    config, _, plan = preset("olmo2-7b")
+    settings = {"sequence_length": 512, "activation_checkpointing": True}
+    plain, guarded = (
+        [
+            estimate(config, plan, phase(**settings, guards=g), micro=m, stored_bytes=2, compute_bytes=2, form="assemble",
+                     accumulated=True)["activations"]
+            for m in (1, 4, 32)
+        ]
+        for g in ([], ["kl"])
+    )  # fmt: skip
+    logits = 512 * config.vocab_size * (2 + 12)
+    chunk = 2**26 // config.vocab_size * config.vocab_size * (2 + 4)  # 668 tokens, more than one row has
+    assert guarded[0] - plain[0] == logits - 512 * config.vocab_size * (2 + 4)  # one row, as of the target
+    assert guarded[1] - plain[1] == 4 * logits - chunk
+    assert guarded[2] == plain[2]  # of the guard five rows at most: the target's 32 need more
+
+
+def test_penalties_take_copies_of_the_largest_tensor_one_after_the_other() -> None:
+    config, _, plan = preset("olmo2-7b")
+    about: dict[str, Any] = {"micro": 1, "stored_bytes": 2, "compute_bytes": 2, "form": "assemble"}
+    settings = {"sequence_length": 32, "activation_checkpointing": True}
+    found = estimate(config, plan, phase(**settings, guards=["l2sp"]), **about)
+    assert found["activations"] == 3 * 4 * config.vocab_size * config.hidden_size
 
 
 def test_masked_execution_keeps_the_frozen_values_besides() -> None:

@@ -57,7 +57,7 @@ class SplitAttached(Attached):
     Args:
         form: ``assemble`` (least memory; the only one that can be sharded), ``resident`` (fastest on one device) or
             ``auto``: resident on one device whose free memory holds the optimizer's state and the dense weights with
-            half as much again for activations.
+            half as much again for activations. Runs leave nothing to choose: ``train/memory.py`` knows their settings.
     """
 
     def __init__(

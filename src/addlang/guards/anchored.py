@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 LOGITS = 1 << 28  # elements: 1 GiB in fp32
 MANY_PASSES = 10  # over the conversations: what was measured, see docs/results.md, is half a pass to ten
+TOKENS = {"cuda": 16_384, "cpu": 4_096}  # per forward pass
 
 
 def stored_teacher(
@@ -59,9 +60,13 @@ def rows_at_a_time(context: GuardContext) -> int:
     """
     if str(getattr(context.model.config, "_attn_implementation", "")).startswith("flash"):
         return 1
-    tokens = 16_384 if context.device.type == "cuda" else 4_096
     vocabulary = int(context.model.get_output_embeddings().weight.shape[0])
-    return max(1, min(tokens, LOGITS // vocabulary) // context.sequence_length)
+    return most_rows(context.sequence_length, vocabulary, context.device.type)
+
+
+def most_rows(length: int, vocabulary: int, device_type: str = "cuda") -> int:
+    """Rows of ``length`` tokens in one forward pass, whatever the target's."""
+    return max(1, min(TOKENS[device_type], LOGITS // vocabulary) // length)
 
 
 def anchored(guard: Any, teacher: Teacher, about: dict[str, Any], context: GuardContext, *, size: str) -> Anchored:
@@ -98,7 +103,7 @@ class Anchored(ActiveGuard):
     ) -> None:
         self.guard, self.teacher, self.order, self.about = guard, teacher, order, about
         self.context = context
-        self.micro = rows_at_a_time(context)
+        self.micro = min(context.micro, rows_at_a_time(context))  # a recipe that lowers the target's means memory
 
     def tokens(self, step: int) -> int:
         return int((self.teacher.positions[self.order.at(step)] >= 0).sum())

@@ -36,7 +36,7 @@ class GuardContext:
         model_hash: of the source weights, for caches.
         cache_dir: where prepared data are kept; keyed by the guard.
         language: the source language.
-        sequence_length, batch: tokens per sequence and sequences per step of the target data.
+        sequence_length, batch, micro: of the target data, tokens per sequence, sequences per step and per forward pass.
         read_by_guards: share of all tokens that the phase's guards read together; target text gets the rest.
         autocast: the factory of contexts in which forward passes run.
         calibration: makes the source-language calibration set.
@@ -52,6 +52,7 @@ class GuardContext:
     language: str
     sequence_length: int
     batch: int
+    micro: int
     steps: int
     autocast: Callable[[], AbstractContextManager[Any]]
     calibration: Callable[[], CalibrationSet]
@@ -129,6 +130,15 @@ class Guard(BaseModel):
 
         Args:
             stored, master: bytes of an element in the checkpoint and as it is trained.
+        """
+        return 0
+
+    def rows_per_pass(self, micro: int, length: int, vocabulary: int) -> int:
+        """Rows in a forward pass of its own that training makes with all their logits, for memory estimates; 0: none.
+
+        Args:
+            micro: sequences per forward pass of the target data.
+            length: tokens of a row.
         """
         return 0
 

@@ -39,6 +39,11 @@ class KL(Guard):
     def needs_start(self) -> bool:
         return self.mode != "replay"  # which trains on words and knows no probabilities
 
+    def rows_per_pass(self, micro: int, length: int, vocabulary: int) -> int:
+        from addlang.guards.anchored import most_rows
+
+        return min(micro, most_rows(length, vocabulary))
+
     def requires(self) -> frozenset[str]:
         return frozenset({"source_text"})
 

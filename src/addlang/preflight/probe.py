@@ -131,7 +131,7 @@ def run_probe(
     from addlang.preflight.watch import read
     from addlang.run import make_plan, start_guards
     from addlang.train.loop import Schedule, compute_dtype, train
-    from addlang.train.memory import explain_out_of_memory
+    from addlang.train.memory import explain_out_of_memory, settle
     from addlang.train.schedule import micro_batch
 
     stored = Checkpoint(source)
@@ -154,10 +154,10 @@ def run_probe(
         guards = start_guards(run, phase, model, stored.hash, tokenizer, device, planned, base_dir)
         if phase.use_liger_kernel:
             apply_liger(model)
-        with explain_out_of_memory(
-            model, plan, phase, micro=micro, device=device, stored=stored.dtype, accumulated=data.batch_size > micro
-        ):
-            attached = phase.strategy.attach(model, plan, phase.execution, masters=phase.master_weights == "fp32")
+        about: dict[str, Any] = {"micro": micro, "device": device, "stored": stored.dtype, "batch": data.batch_size}
+        settled = settle(model, plan, phase, **about)
+        with explain_out_of_memory(model, plan, settled, **about):
+            attached = phase.strategy.attach(model, plan, settled.execution, masters=phase.master_weights == "fp32")
             watcher = Watcher(text, frozenset({steps // 4, steps // 2}))
             result = train(
                 attached, data, settings, Path(folder), device=device, schedule=Schedule(steps, data.batch_size, micro),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 USABLE = 0.93  # of a GPU's nominal memory: the CUDA context, the allocator's rounding and fragmentation take the rest
+# of that, what resident weights may leave at most: on a CPU the estimate is a lower bound (docs/performance.md)
+ROOM = {"cuda": 0.85, "cpu": 0.5}
 Form = Literal["masked", "assemble", "resident"]
 
 
@@ -45,16 +49,16 @@ def estimate(
             split form keeps dense weights in the compute type.
         shards: devices that weights, gradients and optimizer state are spread over (FSDP2).
         besides: trained elements that are none of the model's own (adapters).
-        accumulated: a step has several forward passes, so that all but the first find every gradient there.
+        accumulated: a step has several forward passes, so that all but the first find every gradient there; with guards,
+            which come before the target text, all of them do.
 
     Returns:
         ``frozen_weights``, ``trained_weights``, ``compute_copies``, ``gathered`` (of other devices' shards),
         ``gradients``, ``optimizer``, ``guards``, ``activations`` (what passes and loss need besides, less the gradients
         that are not yet there at that moment) and their ``total``.
     """
-    outer = (config.vocab_size, config.hidden_size)  # embedding and head: never split, a frozen row is laid over
-    splits = [e for e in plan.entries.values() if len(e.shape) > 1 and e.shape != outer and _partly(e)]
-    if form != "masked" and not splits:
+    outer = (config.vocab_size, config.hidden_size)
+    if form != "masked" and not splits(config, plan):
         form = "masked"  # whole tensors only: every layer is an ordinary one
     trained, frozen, partly, restored = besides, 0, 0, 0
     for entry in plan.entries.values():
@@ -88,6 +92,8 @@ def estimate(
     first, *others = [master * (e.numel if e.frozen_count < e.numel else 0) // shards for e in outside] or [0]
     awake = trained - phase.strategy.asleep(plan)
     gradients = awake * master // shards
+    guards = phase.all_guards
+    kept_by_guards = [g.kept_bytes(stored_bytes, master) for g in guards]
     parts = {
         "frozen_weights": (frozen * kept + restored * master) // shards,
         "trained_weights": trained * master // shards,
@@ -95,27 +101,42 @@ def estimate(
         "gathered": gathered,
         "gradients": gradients,
         "optimizer": (round(awake * optimizer_bytes(phase, master)) + wide) // shards,
-        "guards": trained * sum(g.kept_bytes(stored_bytes, master) for g in phase.all_guards) // shards,
+        "guards": trained * sum(kept_by_guards) // shards,
     }
     cast = 0  # 16-bit copies of trained weights that autocast makes for a product
     if form == "masked" and compute_bytes < master and shards == 1:
         cast = max(0, trained - besides - (1 if tied else 2) * head) * compute_bytes
     elif form == "assemble":
         cast = partly * compute_bytes  # dense weights; without checkpointing each lives inside one product only
-    parts["activations"] = passes(
-        config,
-        micro * phase.sequence_length,
-        compute_bytes,
-        residual_bytes=master,
-        checkpointing=phase.activation_checkpointing,
-        cast=cast,
-        cast_kept=form == "masked",
-        shared=form != "masked",
-        missing=0 if accumulated else gradients,
-        embedding=0 if tied else first,
-        head=(others[0] if others else first) if outside else 0,
-    )
+    common: dict[str, Any] = {
+        "residual_bytes": master,
+        "checkpointing": phase.activation_checkpointing,
+        "cast": cast,
+        "cast_kept": form == "masked",
+        "shared": form != "masked",
+        "embedding": 0 if tied else first,
+        "head": (others[0] if others else first) if outside else 0,
+    }
+    length = phase.sequence_length
+    # the guards of a step run before its target text, so that this finds every gradient there
+    missing = 0 if accumulated or guards else gradients
+    eager = (phase.attn_implementation or getattr(config, "_attn_implementation", None)) == "eager"
+    scores = config.num_attention_heads * length**2 * score_bytes(config, compute_bytes) if eager else 0
+    moments = [passes(config, micro * length, compute_bytes, missing=missing, scores=micro * scores, **common)]
+    rows = max((g.rows_per_pass(micro, length, config.vocab_size) for g in guards), default=0)
+    if rows:
+        common |= {"missing": 0, "scores": rows * scores, "whole_logits": True}
+        moments.append(passes(config, rows * length, compute_bytes, **common))
+    if any(kept_by_guards):  # the distance from the source, its multiple and its square, tensor by tensor
+        moments.append(3 * max(e.numel for e in plan.entries.values() if e.frozen_count < e.numel) * master // shards)
+    parts["activations"] = max(moments)
     return {**parts, "total": sum(parts.values())}
+
+
+def splits(config: Any, plan: FreezePlan) -> list[Frozen]:
+    """Matrices that are frozen in part; embedding and head are never split, a frozen row of them is laid over."""
+    outer = (config.vocab_size, config.hidden_size)
+    return [e for e in plan.entries.values() if len(e.shape) > 1 and e.shape != outer and _partly(e)]
 
 
 def _partly(entry: Frozen) -> bool:
@@ -135,6 +156,8 @@ def passes(
     missing: int,
     embedding: int,
     head: int,
+    scores: int = 0,
+    whole_logits: bool = False,
 ) -> int:
     """The most that forward, loss and backward need beside weights, optimizer and all gradients, in bytes.
 
@@ -151,6 +174,8 @@ def passes(
         missing: bytes of all gradients, if none is there when backward begins.
         embedding: bytes of the gradient of an embedding that is not tied to the head; it comes last.
         head: bytes of the head's gradient, which the loss makes in the forward pass.
+        scores: bytes of attention that each layer keeps for all pairs of query and key, where it is not fused.
+        whole_logits: the loss is that of a guard, which takes the logits of all tokens at once.
     """
     from addlang.train.loss import CHUNK_ELEMENTS
 
@@ -166,11 +191,15 @@ def passes(
     layer = (
         4 * stream
         + tokens * inputs
+        + scores
         + tokens * bytes_per * (2 * (q + kv) + 2 * q + 2 * kv + 4 * f - (f // 2 if shared and not checkpointing else 0))
     )
     passing = 3 * tokens * f * bytes_per  # gradients inside one MLP
     rows = max(128, CHUNK_ELEMENTS // config.vocab_size)
+    # a chunk's logits and their gradient; of a guard the logits, in fp32 their logarithms and the gradients of both
     chunk = min(tokens, rows) * config.vocab_size * (bytes_per + 4)
+    if whole_logits:
+        chunk = tokens * config.vocab_size * (bytes_per + 12)
     loss = (
         chunk + head // 4 * bytes_per + tokens * d * bytes_per
     )  # the weight in the compute type, gradient of the input
@@ -186,6 +215,13 @@ def passes(
         2 * stream,  # the gradient of the embedding
     )
     return max(moments)
+
+
+def score_bytes(config: Any, bytes_per: int) -> int:
+    """Bytes that eager attention keeps for backward per head, query and key: the softmax in fp32, what was cast of it for
+    the product with the values, and what Gemma 2's soft cap made."""
+    cap = getattr(config, "attn_logit_softcapping", None) is not None
+    return 4 + (bytes_per if bytes_per < 4 else 0) + (bytes_per if cap else 0)
 
 
 def optimizer_bytes(phase: Phase, master: int) -> float:
@@ -227,33 +263,83 @@ PRECISION: tuple[dict[str, Any], ...] = (
 )
 
 
+PASS = ("per_device_train_batch_size", "gradient_accumulation_steps", "batch_size")  # how a step is divided
+
+
 def choices(
-    config: Any, plan: FreezePlan, phase: Phase, *, micro: int, shards: int = 1, **about: Any
+    config: Any,
+    plan: FreezePlan,
+    phase: Phase,
+    *,
+    micro: int,
+    batch: int,
+    stored: torch.dtype,
+    forms: tuple[Form, ...],
+    room: float,
+    **about: Any,
 ) -> Iterator[Choice]:
     """Settings that need less and less, the most faithful first: smaller passes, checkpointing, then precision.
 
+    Each is one that a run accepts, with as many sequences per optimizer step as the recipe has.
+
     Args:
         micro: sequences per forward pass of the recipe; smaller ones are tried too.
+        batch: sequences per optimizer step, over all devices.
+        stored: type of the checkpoint.
+        forms, room: see :func:`taken`.
         about: the remaining arguments of :func:`estimate`.
     """
+    executions: tuple[dict[str, Any], ...] = ({}, {"execution": "split_assemble"}) if forms == ("resident",) else ({},)
     for precision in PRECISION:
-        if precision.get("master_weights") == "model" and about["stored_bytes"] > 2:
+        if precision.get("master_weights") == "model" and stored.itemsize > 2:
             continue  # a checkpoint in fp32 stays fp32
         for checkpointing in (False, True) if not phase.activation_checkpointing else (True,):
-            for sequences in [d for d in range(micro, 0, -1) if micro % d == 0]:
-                changes = {k: v for k, v in precision.items() if getattr(phase, k) != v}
+            passes = [d for d in range(micro, 0, -1) if micro % d == 0]
+            for execution, sequences in itertools.product(executions, passes):
+                changes = {k: v for k, v in precision.items() if getattr(phase, k) != v} | execution
                 if checkpointing and not phase.activation_checkpointing:
                     changes["activation_checkpointing"] = True
-                if sequences < micro:
-                    changes["per_device_train_batch_size"] = sequences
-                changed = phase.model_copy(update=changes)
+                changes |= smaller_passes(phase, micro, sequences, batch)
+                changed = accepted(phase, changes, stored)
+                if changed is None:
+                    continue
                 now = {
                     **about,
-                    "compute_bytes": about["stored_bytes" if changed.master_weights == "model" else "compute_bytes"],
+                    "stored_bytes": stored.itemsize,
+                    "compute_bytes": stored.itemsize if changed.master_weights == "model" else about["compute_bytes"],
                     "accumulated": about.get("accumulated", False) or sequences < micro,
                 }
-                memory = estimate(config, plan, changed, micro=sequences, shards=shards, **now)
+                own: tuple[Form, ...] = ("assemble",) if execution else forms
+                _, memory = taken(config, plan, changed, forms=own, room=room, micro=sequences, **now)
                 yield Choice(changes, sequences, memory)
+
+
+def smaller_passes(phase: Phase, micro: int, sequences: int, batch: int) -> dict[str, Any]:
+    """Recipe keys for ``sequences`` in place of ``micro`` per forward pass, with the same ``batch`` per optimizer step."""
+    if sequences == micro:
+        return {}
+    passes = phase.gradient_accumulation_steps
+    if passes is None:
+        # without a batch_size the recipe's own passes may be what makes the step as large as it is
+        pinned = phase.batch_size is None and phase.per_device_train_batch_size is not None
+        return {"per_device_train_batch_size": sequences, **({"batch_size": batch} if pinned else {})}
+    size = {} if phase.per_device_train_batch_size is None else {"per_device_train_batch_size": sequences}
+    return {**size, "gradient_accumulation_steps": passes * micro // sequences}
+
+
+def accepted(phase: Phase, changes: Mapping[str, Any], stored: torch.dtype) -> Phase | None:
+    """The phase with other settings, or None where a run would refuse them."""
+    from addlang.train.optimizers import check_types
+
+    if not changes:
+        return phase
+    given = {k: getattr(phase, k) for k in phase.model_fields_set}
+    try:
+        changed = type(phase).model_validate({**given, **changes})
+        check_types(changed, stored)
+    except (ValueError, AddlangError):  # pydantic's is a ValueError
+        return None
+    return changed
 
 
 def that_fit(found: Iterator[Choice], available: float, count: int = 3) -> list[Choice]:
@@ -261,7 +347,7 @@ def that_fit(found: Iterator[Choice], available: float, count: int = 3) -> list[
     kept: list[Choice] = []
     seen: set[str] = set()
     for choice in found:
-        key = str({k: v for k, v in choice.changes.items() if k != "per_device_train_batch_size"})
+        key = str({k: v for k, v in choice.changes.items() if k not in PASS})
         if choice.total <= available and choice.changes and key not in seen:
             seen.add(key)
             kept.append(choice)
@@ -280,9 +366,12 @@ def explain_out_of_memory(
     device: torch.device,
     stored: torch.dtype,
     world: World = ALONE,
-    accumulated: bool = False,
+    batch: int | None = None,
 ) -> Iterator[None]:
     """Turn an out-of-memory error into one that says what needs how much and which settings would fit.
+
+    Args:
+        batch: sequences per optimizer step over all processes; None: one forward pass of each.
 
     Raises:
         AddlangError: memory ran out inside.
@@ -295,7 +384,7 @@ def explain_out_of_memory(
         kept, besides = phase.strategy.footprint(model, plan)
         raise out_of_memory(
             model.config, kept, phase, micro=micro, device=device, stored=stored, world=world, besides=besides,
-            accumulated=accumulated,
+            batch=batch,
         ) from error  # fmt: skip
 
 
@@ -319,22 +408,23 @@ def out_of_memory(
     stored: torch.dtype,
     world: World = ALONE,
     besides: int = 0,
-    accumulated: bool = False,
+    batch: int | None = None,
 ) -> AddlangError:
     """The error with the estimate and at most three settings that would fit."""
     from addlang.train.loop import compute_dtype
 
-    shards = world.size if sharding_of(phase, world) == "fsdp" else 1
-    about = {
-        "besides": besides,
-        "accumulated": accumulated,
-        "stored_bytes": stored.itemsize,
-        "compute_bytes": (compute_dtype(phase, device) or stored).itemsize,
-        "form": form_of(plan, phase),
-    }
-    need = estimate(config, plan, phase, micro=micro, shards=shards, **about)  # type: ignore[arg-type]
+    batch = batch or micro * world.size
     available = device_memory(device) * USABLE
-    fits = that_fit(choices(config, plan, phase, micro=micro, shards=shards, **about), available)
+    about: dict[str, Any] = {
+        "besides": besides,
+        "accumulated": batch > micro * world.size,
+        "compute_bytes": (compute_dtype(phase, device) or stored).itemsize,
+        "forms": forms_of(config, plan, phase, devices=world.size),
+        "room": ROOM[device.type] * available,
+        "shards": world.size if sharding_of(phase, world) == "fsdp" else 1,
+    }
+    _, need = taken(config, plan, phase, micro=micro, stored_bytes=stored.itemsize, **about)
+    fits = that_fit(choices(config, plan, phase, micro=micro, batch=batch, stored=stored, **about), available)
     parts = ", ".join(f"{k.replace('_', ' ')} {v / GIB:.1f}" for k, v in need.items() if v and k != "total")
     if fits:
         fix = "one of: " + "; ".join(map(str, fits))
@@ -347,23 +437,96 @@ def out_of_memory(
     )
 
 
-def form_of(plan: FreezePlan, phase: Phase, *, splittable: bool = True) -> Form:
-    """The form of execution whose memory is estimated; of the split ones the one that is chosen where memory is short.
+def forms_of(
+    config: Any, plan: FreezePlan, phase: Phase, *, splittable: bool = True, devices: int = 1
+) -> tuple[Form, ...]:
+    """Forms of execution that the phase may take, the fastest first; see :func:`taken`.
 
     Args:
         splittable: whether split execution can run the plan.
     """
-    if phase.execution == "masked" or not splittable or any(e.kind == "elements" for e in plan.entries.values()):
-        return "masked"
-    return "resident" if phase.execution == "split_resident" else "assemble"
+    parts = splits(config, plan)
+    if phase.execution == "masked" or not splittable or any(e.kind == "elements" for e in parts):
+        return ("masked",)
+    if phase.execution == "split_resident":
+        return ("resident",)
+    if phase.execution == "split_assemble" or devices > 1 or not parts:  # resident weights cannot be sharded
+        return ("assemble",)
+    return ("resident", "assemble")
+
+
+def taken(
+    config: Any, plan: FreezePlan, phase: Phase, *, forms: tuple[Form, ...], room: float, **about: Any
+) -> tuple[Form, dict[str, int]]:
+    """The first of the forms that needs at most ``room`` bytes, or else the last, and its :func:`estimate`."""
+    for form in forms:
+        memory = estimate(config, plan, phase, form=form, **about)
+        if memory["total"] <= room:
+            break
+    return form, memory
+
+
+def settle(
+    model: Any,
+    plan: FreezePlan,
+    phase: Phase,
+    *,
+    micro: int,
+    device: torch.device,
+    stored: torch.dtype,
+    world: World = ALONE,
+    batch: int | None = None,
+) -> Phase:
+    """The phase with an ``execution`` that leaves nothing to choose: what ``auto`` and ``split`` come to on this device.
+
+    Args:
+        model: loaded, and not attached yet.
+        batch: as of :func:`explain_out_of_memory`.
+    """
+    from addlang.freeze.split import why_not_split
+    from addlang.train.loop import compute_dtype
+
+    kept, besides = phase.strategy.footprint(model, plan)
+    if phase.execution not in ("auto", "split") or besides or not splits(model.config, plan):
+        return phase
+    splittable = why_not_split(model, plan) is None
+    if not splittable and phase.execution == "split":
+        return phase  # it is refused when it is attached, with the reason
+    form, _ = taken(
+        model.config,
+        kept,
+        phase,
+        forms=forms_of(model.config, kept, phase, splittable=splittable, devices=world.size),
+        room=ROOM[device.type] * free_memory(device, model),
+        micro=micro,
+        stored_bytes=stored.itemsize,
+        compute_bytes=(compute_dtype(phase, device) or stored).itemsize,
+        accumulated=(batch or micro) > micro,
+    )
+    return phase.model_copy(update={"execution": form if form == "masked" else f"split_{form}"})
 
 
 def device_memory(device: torch.device) -> int:
     """All memory of the device, or of the host for the CPU, in bytes."""
-    import os
-
     import torch
 
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def free_memory(device: torch.device, model: Any = None) -> float:
+    """What of :func:`device_memory` training can use: what other processes leave, with what this one holds already.
+
+    Args:
+        model: on the device, if it is loaded.
+    """
+    import torch
+
+    if device.type == "cuda":
+        own = torch.cuda.memory_reserved(device)
+        return min(USABLE * device_memory(device), torch.cuda.mem_get_info(device)[0] + own)
+    if "SC_AVPHYS_PAGES" not in os.sysconf_names:
+        return 0.0
+    own = 0 if model is None else sum(p.numel() * p.element_size() for p in model.parameters())
+    return min(USABLE * device_memory(device), os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") + own)
