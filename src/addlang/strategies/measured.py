@@ -167,6 +167,7 @@ def started(guards: Sequence[Guard], model: Any) -> list[ActiveGuard]:
             language="en",
             sequence_length=length,
             batch=SHAPE[0] * SHAPE[1] // length,
+            micro=SHAPE[0] * SHAPE[1] // length,
             steps=100,
             autocast=contextlib.nullcontext,
             calibration=lambda: given,
