@@ -28,10 +28,11 @@ def plan_run(
     """
     import torch
 
+    from addlang.checks import check_model
     from addlang.data.prepare import prepare
     from addlang.freeze.split import why_not_split
     from addlang.models import load_tokenizer, parameter_kinds, resolve, skeleton, stored_dtype, weights_at_hand
-    from addlang.run import check_model, describe, prepare_device
+    from addlang.run import describe, prepare_device
     from addlang.train.loop import compute_dtype
     from addlang.train.memory import GIB, ROOM, USABLE, forms_of, free_memory, splits, taken
     from addlang.train.optimizers import check_steps

@@ -162,11 +162,12 @@ def preflight(recipe: Recipe, settings: Settings, *, base_dir: Path | None = Non
 
 def prepare_flight(recipe: Recipe, settings: Settings, base_dir: Path | None) -> Preflight:
     """Read the data and the tokenizer; the recipe's checks that come before any training are made here too."""
+    from addlang.checks import check_model, check_requirements
     from addlang.data.prepare import prepare
     from addlang.evaluation import context_length
     from addlang.models import load_tokenizer, resolve, weights_at_hand
     from addlang.preflight.watch import watched
-    from addlang.run import check_model, check_requirements, prepare_device
+    from addlang.run import prepare_device
 
     check_requirements(recipe)
     device = prepare_device(recipe)
@@ -383,8 +384,8 @@ def probe_one(
     found: list[tuple[Candidate, Phase, Any]],
 ) -> str | None:  # fmt: skip
     """Probe one setting and append it; one that cannot be carried out is noted, and the reason returned."""
+    from addlang.checks import check_model, check_requirements
     from addlang.preflight.probe import run_probe
-    from addlang.run import check_model, check_requirements
 
     single = flight.recipe.model_copy(update={"phases": (phase,)})
     try:
