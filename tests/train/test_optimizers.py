@@ -167,7 +167,9 @@ def test_a_precision_that_pure_weights_would_ignore_is_refused(precision: str, s
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
 def test_training_in_fp16_is_refused_for_its_second_moments_would_be_zero(optimizer: str) -> None:
-    assert float(torch.tensor(1e-4, dtype=torch.float16).square() * 0.001) == 0, "of an ordinary gradient, at beta2 0.999"
+    assert float(torch.tensor(1e-4, dtype=torch.float16).square() * 0.001) == 0, (
+        "of an ordinary gradient, at beta2 0.999"
+    )
     with pytest.raises(AddlangError, match=r"would train in float16(.|\n)*use master_weights: fp32"):
         check_types(phase(optimizer=optimizer, master_weights="model"), torch.float16)
     check_types(phase(optimizer=optimizer), torch.float16)
