@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny import make_model
@@ -19,6 +23,28 @@ def test_where_triton_does_not_run_a_warning_says_so() -> None:
     gpu._works.cache_clear()
     with pytest.warns(AddlangWarning, match="scoring runs without Triton and takes longer"):
         assert not gpu._works(torch.device("cpu"))
+    gpu._works.cache_clear()
+
+
+def test_the_check_runs_the_kernel_on_the_device_that_it_asks_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current device, which may be another one."""
+    current: list[torch.device] = []
+
+    @contextlib.contextmanager
+    def device_of(x: torch.Tensor) -> Iterator[None]:
+        current.append(x.device)
+        yield
+        current.pop()
+
+    def column_squares(x: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+        assert current == [x.device]
+        squares = x.double().square()
+        return squares.sum(0) if weights is None else weights.double() @ squares
+
+    monkeypatch.setattr("addlang.scoring._triton", SimpleNamespace(column_squares=column_squares), raising=False)
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    gpu._works.cache_clear()
+    assert gpu._works(torch.device("cpu"))
     gpu._works.cache_clear()
 
 

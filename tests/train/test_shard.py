@@ -146,12 +146,16 @@ def equal_to_one(folder: Path, size: int, cases: list[dict[str, Any]]) -> None:
         assert worst(found[i]["weights"], expected) <= 1e-10, case
         frozen_intact(alone.plan, found[i]["weights"], case.get("architecture", "llama"))
         log = [folder / "many" / f"case{i}" / "metrics.jsonl", folder / f"alone{i}" / "metrics.jsonl"]
-        losses = [[json.loads(line)["loss"] for line in f.read_text().splitlines()] for f in log]
-        assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+        rows = [[json.loads(line) for line in f.read_text().splitlines()] for f in log]
+        for column in ("loss", "guards") if case.get("guards") else ("loss",):
+            assert [r[column] for r in rows[0]] == pytest.approx([r[column] for r in rows[1]], rel=1e-12), column
 
 
 def test_two_sharded_processes_equal_one(tmp_path: Path) -> None:
-    equal_to_one(tmp_path, 2, [{"execution": "masked"}, {"execution": "split", "activation_checkpointing": True}])
+    cases: list[dict[str, Any]] = [
+        {"execution": "masked", "guards": ["ewc", "l2sp"]}, {"execution": "split", "activation_checkpointing": True},
+    ]  # fmt: skip
+    equal_to_one(tmp_path, 2, cases)
 
 
 @pytest.mark.slow

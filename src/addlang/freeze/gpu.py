@@ -54,8 +54,9 @@ def _works(device: torch.device) -> bool:
         x = torch.arange(12.0, device=device).view(3, 4)
         index = torch.tensor([0, 3], device=device)
         taken, scattered = x.new_empty(3, 2), torch.zeros(4, 4, device=device, dtype=torch.bfloat16)
-        _triton.take_columns(x, index, taken)
-        _triton.scatter_rows(x[:2], index, scattered)
+        with torch.cuda.device_of(x):  # Triton launches on the current device, whatever its arguments are on
+            _triton.take_columns(x, index, taken)
+            _triton.scatter_rows(x[:2], index, scattered)
         return torch.equal(taken, x[:, index]) and torch.equal(scattered[index], x[:2].bfloat16())
 
     return works(check, "split layers run without Triton and take longer")

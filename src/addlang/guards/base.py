@@ -7,10 +7,11 @@ guard then runs its own backward pass once per optimizer step, so that its memor
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,9 +93,22 @@ def compact(values: torch.Tensor) -> torch.Tensor:
 
     for short in (torch.bfloat16, torch.float16) if values.dtype == torch.float32 else ():
         rounded = values.to(short)
-        if float((rounded - values).abs().sum()) == 0:  # a sum, so that all shards decide alike
+        if total([(rounded - values).abs().sum()]) == 0:
             return rounded
     return values.clone()
+
+
+def total(terms: Sequence[torch.Tensor]) -> float:
+    """The sum of numbers that were computed from trained tensors, alike in all processes.
+
+    A sum over a sharded tensor holds this process's part only, and ``float`` does not say so. All processes must call; they
+    exchange one number.
+    """
+    import torch
+
+    from addlang.train.shard import whole
+
+    return float(whole(functools.reduce(torch.add, terms))) if terms else 0.0
 
 
 class Guard(BaseModel):

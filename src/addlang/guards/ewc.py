@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from addlang.errors import AddlangError
-from addlang.guards.base import ActiveGuard, Guard, GuardContext, compact
+from addlang.guards.base import ActiveGuard, Guard, GuardContext, compact, total
 from addlang.guards.sampling import Sampling, stored_conversations
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class _Active(ActiveGuard):
         # before a checkpoint is loaded: both belong to the source's values, also on resume
         self.source = {name: compact(p.detach()) for name, p in attached.named_trainable()}
         found = fisher(attached, self.ids, self.context, per=self.guard.per)
-        if not any(bool(f.any()) for f in found.values()):
+        if total([f.sum() for f in found.values()]) == 0:
             raise AddlangError(
                 "ewc: the Fisher information of everything that is trained is 0, so the penalty would do nothing",
                 "check the conversations, or leave the guard out",
@@ -110,7 +110,7 @@ class _Active(ActiveGuard):
                     p.grad = self.guard.weight * pull
                 else:
                     p.grad.add_(pull, alpha=self.guard.weight)
-        return 0.5 * self.guard.weight * sum(float(t) for t in terms)  # only now does the host wait for a GPU
+        return 0.5 * self.guard.weight * total(terms)  # only now does the host wait for a GPU
 
     def describe(self) -> dict[str, Any]:
         return {"guard": self.guard.name, **self.guard.model_dump(mode="json"), **self.about}

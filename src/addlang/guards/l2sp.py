@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from addlang.guards.base import ActiveGuard, Guard, GuardContext, compact
+from addlang.guards.base import ActiveGuard, Guard, GuardContext, compact, total
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,7 +56,7 @@ class _Active(ActiveGuard):
                     p.grad = self.guard.weight * distance
                 else:
                     p.grad.add_(distance, alpha=self.guard.weight)
-        return 0.5 * self.guard.weight * sum(float(t) for t in terms)  # only now does the host wait for a GPU
+        return 0.5 * self.guard.weight * total(terms)  # only now does the host wait for a GPU
 
     def describe(self) -> dict[str, Any]:
         return {"guard": self.guard.name, **self.guard.model_dump(mode="json")}
