@@ -68,7 +68,7 @@ class Given:
 def context(model: Any, cache: Path) -> GuardContext:
     return GuardContext(
         model=model, model_hash="h", tokenizer=make_tokenizer(), seed=0, device=torch.device("cpu"), cache_dir=cache,
-        language="en", sequence_length=64, batch=4, steps=10, autocast=contextlib.nullcontext,
+        language="en", sequence_length=64, batch=4, micro=4, steps=10, autocast=contextlib.nullcontext,
         calibration=lambda: Given(), progress=lambda *_: None, read_by_guards=0.3,
     )  # type: ignore[arg-type]  # fmt: skip
 
