@@ -53,7 +53,7 @@ def main() -> None:
         curves: dict[str, dict[int, list[tuple[float, float]]]] = {}
         for r in results["runs"]:
             kept = shares(root / "runs" / r["folder"], "after")[side] - before[side]
-            point = (change(r["results"], [results["gained"]]), kept)
+            point = (change(r["results"], [results["gained"]["key"]]), kept)
             curves.setdefault(r["arm"], {}).setdefault(r["seed"], []).append(point)
         print(f"\n| arm | at gain | change of {name} tasks | {results['reference']} there | difference | p (Holm) |")
         print("|---|---|---|---|---|---|")

@@ -46,6 +46,13 @@ def test_every_arm_is_run_at_its_learning_rates_with_every_seed(tmp_path: Path) 
     assert data["output_dir"].endswith("out/runs/SSU-lr0.004-s1")
 
 
+def test_seeds_and_rates_may_be_written_as_on_a_command_line(tmp_path: Path) -> None:
+    study = load_study(write(tmp_path), {"seeds": "3,4, 5", "learning_rates": "1e-3,2e-3"})
+    assert (study.seeds, study.learning_rates) == ((3, 4, 5), (1e-3, 2e-3))
+    with pytest.raises(AddlangError, match=r"seeds\.1"):
+        load_study(write(tmp_path), {"seeds": "3,x"})
+
+
 def test_axes_are_combined_and_merge_into_mappings(tmp_path: Path) -> None:
     axes = {
         "language": {"sw": {}, "hi": {"language": "hi", "evaluation": {"limit": 3}}},

@@ -23,6 +23,11 @@ def _several(value: Any) -> Any:
     return value if isinstance(value, list | tuple) else [value]
 
 
+def _numbers(value: Any) -> Any:
+    """``0,1,2`` as it is written on the command line, a single number, or a list."""
+    return value.split(",") if isinstance(value, str) else _several(value)
+
+
 class Study(Strict):
     """A grid of ordinary recipes and how they are compared. ``extends: FILE`` lays a study over another beside it."""
 
@@ -35,10 +40,10 @@ class Study(Strict):
     axes: dict[str, dict[str, dict[str, Any]]] = Field(
         {}, description="name -> label -> recipe keys; every combination is a setting with a table of its own"
     )
-    learning_rates: Annotated[tuple[float, ...], BeforeValidator(_several)] = Field(
+    learning_rates: Annotated[tuple[float, ...], BeforeValidator(_numbers)] = Field(
         (), description="of every arm (in a run with phases: of the last one); empty: the recipe's"
     )
-    seeds: Annotated[tuple[int, ...], BeforeValidator(_several)] = Field((0,), min_length=1)
+    seeds: Annotated[tuple[int, ...], BeforeValidator(_numbers)] = Field((0,), min_length=1)
     reference: str | None = Field(None, description="arm that the others are tested against; None: the first")
     gained: str = Field(
         "target/bits_per_byte", description="what is gained: role/metric, or role/metric/task if there are several"
