@@ -24,7 +24,7 @@ class SelfAnchor(Sampling, Guard):
     summary = "hold the model to the source's own distribution on conversations that the source itself samples"
 
     share: float = Field(
-        0.3, gt=0, lt=0.9, description="share of every step's tokens that is anchored; counts towards the budget"
+        0.1, gt=0, lt=0.9, description="share of every step's tokens that is anchored; counts towards the budget"
     )
     weight: float = Field(0.3, gt=0, description="weight of the anchor's mean term against the target's mean loss")
     mode: Literal["kl", "replay", "both"] = Field(

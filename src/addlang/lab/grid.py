@@ -74,7 +74,7 @@ RATES = {
     "ssu": (2e-3,),
     "random": (2e-3,),
     "replay": (1.5e-3,),
-    "anchor": (2.5e-3,),
+    "anchor": (1.5e-3,),
     "ewc": (3e-3,),  # a penalty wants a higher rate
 }
 FULL_RATES = {
@@ -82,7 +82,7 @@ FULL_RATES = {
     "ssu": (1e-3, 2e-3, 3e-3),
     "random": (1e-3, 2e-3, 3e-3),
     "replay": (8e-4, 1.5e-3, 2.5e-3),
-    "anchor": (1.5e-3, 2.5e-3, 4e-3),
+    "anchor": (8e-4, 1.5e-3, 2.5e-3),
     "ewc": (2.5e-3, 4e-3, 6e-3),
 }
 
