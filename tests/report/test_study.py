@@ -48,6 +48,13 @@ def test_the_verdict_says_what_was_tested(equal_gain: list[dict[str, Any]], seed
     assert ("One seed" in html) == (seeds == 1)
 
 
+def test_names_with_commas_are_told_apart() -> None:
+    assert "On the front: full, x." in study_html(results([]))
+    data = results([])
+    data["settings"][0]["rows"][1]["arm"] = "x, twice"
+    assert "On the front: full; x, twice." in study_html(data)
+
+
 def test_single_seeds_are_drawn_where_they_are_promised() -> None:
     drawn = study_html(results([], points=[[0.4, -0.4], [0.5, -0.5], [0.6, -0.6]]))
     assert "small dots single seeds" in drawn

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -225,14 +225,14 @@ def _verdict(data: Mapping[str, Any]) -> str:
     for s in data["settings"]:
         names = dict.fromkeys(r["arm"] for r in s["rows"] if r["on_front"])
         where = ", ".join(s["setting"].values())
-        parts.append((f"{where}: o" if where else "O") + f"n the front: {', '.join(names)}.")
+        parts.append((f"{where}: o" if where else "O") + f"n the front: {_listed(names)}.")
         shown = [r for r in s["equal_gain"] if r.get("p_holm") is not None and r["p_holm"] < 0.05]
         worse = [r["arm"] for r in shown if r["difference"][0] < 0]
         better = [r["arm"] for r in shown if r["difference"][0] > 0]
         if better:
-            parts.append(f"Better than {data['reference']} at equal gain (Holm, p < 0.05): {', '.join(better)}.")
+            parts.append(f"Better than {data['reference']} at equal gain (Holm, p < 0.05): {_listed(better)}.")
         if worse:
-            parts.append(f"Worse: {', '.join(worse)}.")
+            parts.append(f"Worse: {_listed(worse)}.")
         if not any("p" in r for r in s["equal_gain"]):
             if max(r["seeds"] for r in s["rows"]) == 1:
                 parts.append("One seed: nothing is tested.")
@@ -241,6 +241,11 @@ def _verdict(data: Mapping[str, Any]) -> str:
         elif not better and not worse:
             parts.append(f"At equal gain no difference from {data['reference']} is shown.")
     return " ".join(parts)
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    return ("; " if any("," in n for n in names) else ", ").join(names)
 
 
 def _notes(data: Mapping[str, Any]) -> list[str]:
