@@ -471,16 +471,16 @@ def test_a_continued_run_keeps_its_form_of_split_execution(world: World, tmp_pat
     """What memory is free on the day of the resume does not change the last bits of the result."""
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("addlang.train.memory.free_memory", lambda *_: 1e12)
+        patch.setattr("addlang.train.memory.free_memory", lambda *_: 0.0)
         patch.setattr(loop, "token_loss", dying_at(8, loop.token_loss, Killed()))
         with pytest.raises(Killed):
             execute(world.recipe(out, save_steps=1))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("addlang.train.memory.free_memory", lambda *_: 0.0)
+        patch.setattr("addlang.train.memory.free_memory", lambda *_: 1e12)
         execute(world.recipe(out, save_steps=1))
         other = execute(world.recipe(tmp_path / "other"))
     said = [json.loads((path / "state.json").read_text())["plan"]["adapt"]["execution"] for path in (out, other)]
-    assert said == ["split (resident)", "split (assemble)"]
+    assert said == ["split (assemble)", "split (resident)"]
 
 
 def test_another_recipe_is_refused_with_the_keys_that_differ(world: World, tmp_path: Path) -> None:

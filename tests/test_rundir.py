@@ -78,6 +78,19 @@ def test_keys_that_versions_add_or_drop_and_those_without_effect_are_no_other_ru
     RunDir.open(recipe(out, save_steps=3)).close()
 
 
+def test_a_run_is_known_by_its_settings_where_a_default_has_changed_its_fingerprint(tmp_path: Path) -> None:
+    """What a recipe names was hashed by a version for which it was the default, or the other way round."""
+    out = tmp_path / "out"
+    begin(out)
+    RunDir(out, recipe(out)).update(fingerprint="0123456789abcdef")
+    RunDir.open(recipe(out)).close()
+    with pytest.raises(AddlangError, match=r"another recipe; different: phases.0.guards.0.weight"):
+        RunDir.open(recipe(out, guards=[{"name": "ewc", "weight": 30}]))
+    RunDir(out, recipe(out)).update(status="finished")
+    assert holds_finished(out, recipe(out), None)
+    assert not holds_finished(out, recipe(out, seed=3), None)
+
+
 def test_a_run_without_results_begins_again_under_the_new_defaults(tmp_path: Path) -> None:
     out = tmp_path / "out"
     begin(out, done=False)

@@ -159,17 +159,13 @@ def adapt(
     if phase.use_liger_kernel:
         apply_liger(model)
     about: dict[str, Any] = {"micro": micro, "device": device, "stored": stored.dtype, "world": world}
-    began = run.state.get("plan", {}).get(phase.name, {})
-    same = began.get("device") == describe(device) and any(directory.glob("checkpoint-*"))
-    if same and phase.execution in ("auto", "split"):
-        # free memory differs from day to day, and the last bits of the two forms may: what is continued keeps its own
-        settled = phase.model_copy(update={"execution": began["form"]})
-    else:
-        settled = settle(model, plan, phase, batch=schedule.batch, **about)
+    began = run.state.get("plan", {}).get(phase.name, {}) if any(directory.glob("checkpoint-*")) else {}
+    # free memory differs from day to day, and the last bits of the two forms may: what is continued keeps its own
+    settled = settle(model, plan, phase, batch=schedule.batch, began=began.get("form"), **about)
     with explain_out_of_memory(model, plan, settled, batch=schedule.batch, **about):
         attached = phase.strategy.attach(model, plan, settled.execution, masters=phase.master_weights == "fp32")
         planned = run.state.get("plan", {})
-        chosen = {"execution": attached.execution, "form": settled.execution, "device": describe(device)}
+        chosen = {"execution": attached.execution, "form": settled.execution}
         run.update(plan={**planned, phase.name: {**planned.get(phase.name, {}), **chosen}})
         seed = run.recipe.seed
         source_of_batches: TrainingData = data

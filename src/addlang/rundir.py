@@ -99,11 +99,11 @@ class RunDir:
         """A run of another recipe that ended before anything was computed, as after a mistyped path: nothing is lost."""
         state = self.state
         started = any(state["stages"].values()) or any(self.path.rglob("checkpoint-*"))
-        another = state["fingerprint"] != self.recipe.fingerprint or other_defaults(self.path, self.recipe)
+        another = not is_of(self.path, state, self.recipe) or other_defaults(self.path, self.recipe)
         return bool(another) and not started
 
     def _check_recipe(self) -> None:
-        if self.state["fingerprint"] != self.recipe.fingerprint:
+        if not is_of(self.path, self.state, self.recipe):
             changed = (
                 ", ".join(_differences(_stored_recipe(self.path), self.recipe.resolved()))
                 or "settings of another version"
@@ -259,7 +259,7 @@ def holds_finished(path: Path, recipe: Recipe, base_dir: Path | None) -> bool:
     if not (path / STATE).is_file():
         return False
     state = read_state(path)
-    if state["status"] != "finished" or state["fingerprint"] != recipe.fingerprint:
+    if state["status"] != "finished" or not is_of(path, state, recipe):
         return False
     if other := other_defaults(path, recipe):
         raise AddlangError(
@@ -272,6 +272,20 @@ def holds_finished(path: Path, recipe: Recipe, base_dir: Path | None) -> bool:
             "restore them, choose another output_dir, or remove this directory to have the run done again",
         )
     return True
+
+
+def is_of(path: Path, state: Mapping[str, Any], recipe: Recipe) -> bool:
+    """Whether the run in a directory is of this recipe.
+
+    A fingerprint leaves out what is the default of its version. Where a default has changed since, the same settings have
+    another one: then that of the stored recipe, which names every value, counts.
+    """
+    if state["fingerprint"] == recipe.fingerprint:
+        return True
+    try:
+        return bool(Recipe.parse(_stored_recipe(path), where=str(path)).fingerprint == recipe.fingerprint)
+    except AddlangError:
+        return False
 
 
 def other_defaults(path: Path, recipe: Recipe) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import make_model, save_model
 
 from addlang.analyze.base import Context, make_analysis
@@ -26,6 +27,9 @@ def test_mpd_is_the_mean_over_tensors_or_over_scalars(tmp_path: Path) -> None:
     assert found.scalar == pytest.approx(sum(float(d.abs().sum()) for d in differences) / total, rel=1e-6)
     assert set(found.layers) == {0, 1}
     assert parameter_difference(one, one).tensor == 0.0
+    tensors = {**load_file(other / "model.safetensors"), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    assert parameter_difference(one, other) == found == parameter_difference(other, one), "a buffer is no parameter"
 
 
 def test_mpd_is_normalised_by_the_largest_of_the_set(tmp_path: Path) -> None:

@@ -275,6 +275,23 @@ def test_models_that_do_not_fit_are_refused_by_name(
     assert not (tmp_path / "out").exists()
 
 
+def test_rotary_frequencies_that_a_file_holds_are_left_out(models: Path, tmp_path: Path) -> None:
+    """Llama 2's files hold them; every model computes them from its configuration."""
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    holds = save_model(tmp_path / "holds", seed=1)
+    plain = save_model(tmp_path / "plain", seed=1)
+    source = save_model(tmp_path / "source")
+    save_file({**tensors(holds), name: torch.arange(4.0)}, holds / "model.safetensors", {"format": "pt"})
+    merge_models(linear(holds, source), tmp_path / "out")
+    merge_models(linear(plain, source), tmp_path / "wanted")
+    assert same_tensors(tensors(tmp_path / "out"), tensors(tmp_path / "wanted"))
+    assert verify_merge(tmp_path / "out")["ok"]
+
+
+def same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return set(one) == set(other) and all(torch.equal(one[n], other[n]) for n in one)
+
+
 def test_settings_that_differ_are_told(models: Path, tmp_path: Path) -> None:
     save_model(tmp_path / "other", rms_norm_eps=1e-3)
     with pytest.warns(AddlangWarning, match="rms_norm_eps"):

@@ -29,6 +29,7 @@ from addlang.train.memory import (
 )
 from addlang.train.optimizers import check_types
 from addlang.train.schedule import global_batch, micro_batch
+from addlang.train.shard import World
 from training import phase
 
 EMBEDDING = (100352 * 4096 * 6 / GIB, 100352 * 5120 * 6 / GIB)  # moments of the embedding in fp32 and not in 8 bits
@@ -219,6 +220,39 @@ def test_what_is_estimated_is_what_is_attached(
         assert attached.execution == f"split ({settled.removeprefix('split_')})"
 
 
+@pytest.mark.parametrize(
+    ("began", "free", "processes", "form"),
+    [
+        ("split_resident", 0.7, 1, "resident"),  # with room for it, if not with as much as a new run wants
+        ("split_resident", 0.0, 1, "assemble"),
+        ("split_resident", 1e3, 2, "assemble"),
+        ("split_assemble", 1e3, 1, "assemble"),
+        (None, 0.7, 1, "assemble"),
+        (None, 1e3, 1, "resident"),
+    ],
+)
+def test_what_is_continued_keeps_its_form_where_it_can(
+    began: str | None, free: float, processes: int, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model("llama")
+    recipe = phase()
+    plan = recipe.strategy.outline(model)
+    about: dict[str, Any] = {"micro": 2, "compute_bytes": 4, "stored_bytes": 4}
+    need = estimate(model.config, plan, recipe, form="resident", **about)["total"]
+    monkeypatch.setattr("addlang.train.memory.free_memory", lambda *_: need * free / 0.5)
+    found = settle(
+        model,
+        plan,
+        recipe,
+        micro=2,
+        device=torch.device("cpu"),
+        stored=torch.float32,
+        world=World(0, processes),
+        began=began,
+    )
+    assert found.execution == f"split_{form}"
+
+
 def test_where_resident_weights_do_not_fit_assembling_them_is_offered(monkeypatch: pytest.MonkeyPatch) -> None:
     config, _, plan = preset("olmo2-7b")
     monkeypatch.setattr("addlang.train.memory.device_memory", lambda _: 80 * GIB)
@@ -329,6 +363,19 @@ def test_a_guards_own_pass_counts_the_logits_of_all_its_rows() -> None:
     assert guarded[0] - plain[0] == logits - 512 * config.vocab_size * (2 + 4)  # one row, as of the target
     assert guarded[1] - plain[1] == 4 * logits - chunk
     assert guarded[2] == plain[2]  # of the guard five rows at most: the target's 32 need more
+
+
+def test_what_ewc_prepares_counts_where_training_needs_less() -> None:
+    """Lisa trains few layers at a time, and EWC's gradients are of all of them."""
+    config, _, plan = preset("olmo2-7b", strategy="full")
+    about: dict[str, Any] = {"micro": 1, "stored_bytes": 2, "compute_bytes": 2, "form": "masked"}
+    settings: dict[str, Any] = {"sequence_length": 512, "activation_checkpointing": True, "guards": ["ewc"]}
+    full = estimate(config, plan, phase(**settings, strategy="full"), **about)
+    lisa = estimate(config, plan, phase(**settings, strategy="lisa"), **about)
+    assert full["guards_prepare"] == 0
+    assert lisa["guards_prepare"] > 0
+    assert lisa["total"] == sum(v for k, v in lisa.items() if k != "total")
+    assert lisa["total"] > (4 + 2 + 4 + 4) * plan.trainable_count
 
 
 def test_penalties_take_copies_of_the_largest_tensor_one_after_the_other() -> None:

@@ -42,10 +42,11 @@ def parameter_difference(one: Path, other: Path) -> Difference:
     """
     import torch
 
+    from addlang.freeze.proof import is_buffer
     from addlang.models import Checkpoint
 
     a, b = Checkpoint(one), Checkpoint(other)
-    odd = sorted(set(a.header) ^ set(b.header))
+    odd = sorted(n for n in set(a.header) ^ set(b.header) if not is_buffer(n))
     if odd:
         has, lacks = (one, other) if odd[0] in a.header else (other, one)
         raise AddlangError(
@@ -53,7 +54,7 @@ def parameter_difference(one: Path, other: Path) -> Difference:
             "compare checkpoints of one architecture, saved alike",
         )
     for name, (_, shape) in a.header.items():
-        if b.header[name][1] != shape:
+        if not is_buffer(name) and b.header[name][1] != shape:
             raise AddlangError(
                 f"'{name}' has shape {shape} in {one} and {b.header[name][1]} in {other}",
                 "a grown vocabulary cannot be compared as it is",
@@ -62,7 +63,7 @@ def parameter_difference(one: Path, other: Path) -> Difference:
     absolute, scalars = 0.0, 0
     for file in a.files:
         for name, left in a.tensors(file):
-            if not left.is_floating_point():
+            if not left.is_floating_point() or is_buffer(name):
                 continue
             change = left.to(torch.float64) - b.get(name).to(torch.float64)
             norms[name] = float(change.norm())

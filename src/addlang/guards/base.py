@@ -147,6 +147,14 @@ class Guard(BaseModel):
         """
         return 0
 
+    def begin_bytes(self, stored: int, master: int) -> int:
+        """What :meth:`ActiveGuard.begin` needs beside every trained element before there is an optimizer, for memory estimates.
+
+        Args:
+            stored, master: as of :meth:`kept_bytes`.
+        """
+        return 0
+
     def rows_per_pass(self, micro: int, length: int, vocabulary: int) -> int:
         """Rows in a forward pass of its own that training makes with all their logits, for memory estimates; 0: none.
 

@@ -60,6 +60,9 @@ class EWC(Guard):
     def kept_bytes(self, stored: int, master: int) -> int:
         return min(stored, master) + 2
 
+    def begin_bytes(self, stored: int, master: int) -> int:
+        return min(stored, master) + 2 * master  # w0, the sums of squares, a conversation's gradients
+
     def requires(self) -> frozenset[str]:
         return frozenset({"source_text"} if self.data == "calibration" else {"chat_template"})
 

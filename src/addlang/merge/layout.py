@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from addlang.errors import AddlangError
+from addlang.freeze.proof import is_buffer
 from addlang.models import Checkpoint, ParamInfo, embedding_names, parameter_kinds, skeleton
 
 
@@ -63,6 +64,11 @@ def layout_of(directory: Path) -> Layout:
     )
 
 
+def stored_weights(checkpoint: Checkpoint, file: str | None = None) -> list[str]:
+    """Names of the stored tensors, of one file or all, without buffers: every model computes those from its configuration."""
+    return [name for name in checkpoint.names(file) if not is_buffer(name)]
+
+
 def stored_names(checkpoint: Checkpoint, layout: Layout) -> dict[str, str]:
     """Stored tensor -> parameter, for every tensor in a checkpoint. A tied head that is stored all the same is the embedding.
 
@@ -72,7 +78,8 @@ def stored_names(checkpoint: Checkpoint, layout: Layout) -> dict[str, str]:
     """
     names: dict[str, str] = {}
     where = checkpoint.directory
-    for stored, (_, shape) in checkpoint.header.items():
+    for stored in stored_weights(checkpoint):
+        shape = checkpoint.header[stored][1]
         parameter = layout.embedding if layout.tied and stored.endswith("lm_head.weight") else stored
         if parameter not in layout.kinds:
             raise AddlangError(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from addlang.errors import AddlangError
+from addlang.merge.layout import stored_weights
 from addlang.merge.spec import parse
 from addlang.merge.write import FORMAT, RECORD, Merging
 from addlang.models import Checkpoint
@@ -54,7 +55,7 @@ def verify_merge(directory: Path) -> dict[str, Any]:
                 "restore it, or merge again",
             )
     written = Checkpoint(directory)
-    names = merging.stated.checkpoint.names()
+    names = stored_weights(merging.stated.checkpoint)
     differing = sorted(set(names) ^ set(written.header))
     with progress("merging again", total=len(names), unit="tensors") as bar:
         for number, name in enumerate(n for n in names if n in written.header):

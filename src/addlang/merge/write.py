@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from addlang.errors import AddlangError, AddlangWarning
 from addlang.export import copy_small_files, write_json, write_text
+from addlang.merge.layout import stored_weights
 from addlang.merge.methods import Merge
 from addlang.merge.sources import SIZES, Models, Part, Source
 from addlang.merge.vocabulary import special_tokens
@@ -167,11 +168,11 @@ def write_result(merging: Merging, directory: Path, **extra: Any) -> dict[str, A
     started = time.monotonic()
     stated, spec = merging.stated, merging.spec
     layout = merging.models.layout
-    total = sum(layout.elements(merging.parameter(n)) for n in stated.checkpoint.names())
+    total = sum(layout.elements(merging.parameter(n)) for n in stored_weights(stated.checkpoint))
     with progress(f"merging ({spec.title})", total=total, unit="weights") as bar:
         done = 0
         for file in stated.checkpoint.files:
-            names = stated.checkpoint.names(file)
+            names = stored_weights(stated.checkpoint, file)
             table = {n: (merging.dtype(n), layout.shapes[merging.parameter(n)]) for n in names}
             with SafetensorsFile(directory / file, table) as writer:
                 for name in writer.names:
@@ -218,8 +219,10 @@ def _copy_small_files(merging: Merging, directory: Path) -> None:
         write_json(directory / "config.json", {**config, "dtype": merging.spec.dtype})
     if (source / INDEX).is_file():
         table = json.loads((source / INDEX).read_text(encoding="utf-8"))
+        kept = stored_weights(merging.stated.checkpoint)
+        places = {name: file for name, file in table["weight_map"].items() if name in kept}
         size = sum((directory / f).stat().st_size for f in merging.stated.checkpoint.files)
-        write_json(directory / INDEX, {"metadata": {"total_size": size}, "weight_map": table["weight_map"]})
+        write_json(directory / INDEX, {"metadata": {"total_size": size}, "weight_map": places})
     chats = [n for n in merging.models.merged if _has_template(merging.models[n].directory)]
     if chats and not _has_template(source):
         warnings.warn(

@@ -130,6 +130,16 @@ def estimate(
     if any(kept_by_guards):  # the distance from the source, its multiple and its square, tensor by tensor
         moments.append(3 * max(e.numel for e in plan.entries.values() if e.frozen_count < e.numel) * master // shards)
     parts["activations"] = max(moments)
+    if prepared := max((g.begin_bytes(stored_bytes, master) for g in guards), default=0):
+        # before there is an optimizer, and before activations are checkpointed
+        one = passes(
+            config,
+            length,
+            compute_bytes,
+            **{**common, "missing": 0, "scores": scores, "checkpointing": False, "whole_logits": True},
+        )
+        before = parts["frozen_weights"] + parts["trained_weights"] + trained * prepared // shards + one
+        parts["guards_prepare"] = max(0, before - sum(parts.values()))
     return {**parts, "total": sum(parts.values())}
 
 
@@ -476,12 +486,15 @@ def settle(
     stored: torch.dtype,
     world: World = ALONE,
     batch: int | None = None,
+    began: str | None = None,
 ) -> Phase:
     """The phase with an ``execution`` that leaves nothing to choose: what ``auto`` and ``split`` come to on this device.
 
     Args:
         model: loaded, and not attached yet.
         batch: as of :func:`explain_out_of_memory`.
+        began: the ``execution`` that this came to when the run began. It is kept where it is possible: assembled always, resident on
+            one process with room for it.
     """
     from addlang.freeze.split import why_not_split
     from addlang.train.loop import compute_dtype
@@ -492,12 +505,13 @@ def settle(
     splittable = why_not_split(model, plan) is None
     if not splittable and phase.execution == "split":
         return phase  # it is refused when it is attached, with the reason
+    forms = forms_of(model.config, kept, phase, splittable=splittable, devices=world.size)
     form, _ = taken(
         model.config,
         kept,
         phase,
-        forms=forms_of(model.config, kept, phase, splittable=splittable, devices=world.size),
-        room=ROOM[device.type] * free_memory(device, model),
+        forms=("assemble",) if began == "split_assemble" and "assemble" in forms else forms,
+        room=(1.0 if began == "split_resident" else ROOM[device.type]) * free_memory(device, model),
         micro=micro,
         stored_bytes=stored.itemsize,
         compute_bytes=(compute_dtype(phase, device) or stored).itemsize,

@@ -47,6 +47,7 @@ def seconds_per_step(
     from addlang.models import Checkpoint, apply_liger, load_model
     from addlang.train.loop import Schedule, compute_dtype, train
     from addlang.train.memory import GIB, device_memory, settle
+    from addlang.train.shard import World
 
     if need > device_memory(device) / 2:
         raise AddlangError(
@@ -59,7 +60,9 @@ def seconds_per_step(
     if phase.use_liger_kernel:
         apply_liger(model)
     share = -(-data.batch_size // devices)
-    execution = settle(model, plan, phase, micro=micro, device=device, stored=stored, batch=share).execution
+    execution = settle(
+        model, plan, phase, micro=micro, device=device, stored=stored, batch=share, world=World(0, devices)
+    ).execution
     attached = phase.strategy.attach(model, plan, execution, masters=phase.master_weights == "fp32")
     steps = min(STEPS, data.sequences // data.batch_size)
     probe = phase.model_copy(update={"logging_steps": 1, "warmup_steps": 0, "report_to": (), "sharding": "auto"})
