@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from typing import Any
 
 import pytest
+
+from benchmarking import load
 
 ROOT = Path(__file__).parents[2]
 STAND_IN = """
@@ -24,17 +24,8 @@ class WrappedGPT:
 """
 
 
-def load() -> Any:
-    spec = importlib.util.spec_from_file_location("parity", ROOT / "benchmarks" / "parity.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_a_clone_that_is_missing_is_named_as_not_compared(capsys: pytest.CaptureFixture[str]) -> None:
-    parity = load()
+    parity = load("parity")
     assert parity.main([]) == 0
     said = capsys.readouterr().out
     assert all(f"{repository}: not compared" in said for repository in parity.REPOSITORIES.values())
@@ -48,7 +39,7 @@ def test_the_status_is_that_of_the_agreement(
     file = tmp_path / "lib" / "layerwrapper.py"
     file.parent.mkdir()
     file.write_text(STAND_IN.replace("FACTOR", factor), encoding="utf-8")
-    assert load().main(["--wanda", str(tmp_path)]) == status
+    assert load("parity").main(["--wanda", str(tmp_path)]) == status
     said = capsys.readouterr()
     assert "| q_proj |" in said.out
     assert ("no agreement: Wanda's scores of q_proj" in said.err) == bool(status)
@@ -56,4 +47,4 @@ def test_the_status_is_that_of_the_agreement(
 
 def test_the_page_names_the_repositories_that_the_script_compares_with() -> None:
     page = (ROOT / "docs" / "parity.md").read_text(encoding="utf-8")
-    assert all(f"https://github.com/{repository}" in page for repository in load().REPOSITORIES.values())
+    assert all(f"https://github.com/{repository}" in page for repository in load("parity").REPOSITORIES.values())

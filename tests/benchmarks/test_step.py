@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,17 +9,13 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from benchmarking import load
 
 
 @pytest.fixture
 def step(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The benchmark, with a stand-in for what a mode's own process says and does."""
-    spec = importlib.util.spec_from_file_location("step", ROOT / "benchmarks" / "step.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load("step")
 
     class Process:
         def __init__(self, command: list[str], **kw: Any) -> None:

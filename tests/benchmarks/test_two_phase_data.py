@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-
-
-def load() -> Any:
-    spec = importlib.util.spec_from_file_location("two_phase_data", ROOT / "benchmarks" / "two_phase_data.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from benchmarking import load
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -32,7 +22,7 @@ def test_no_row_stands_in_two_files_and_counterparts_are_the_translated_rows(tmp
     for language in ("es", "ja", "pt"):
         write(tmp_path / "multi" / f"{language}.jsonl", other)
     out = tmp_path / "data"
-    load().main(
+    load("two_phase_data").main(
         [
             "--alpaca", str(write(tmp_path / "en.jsonl", english)), "--alpaca_zh", str(write(tmp_path / "zh.jsonl", chinese)),
             "--multialpaca", str(tmp_path / "multi"), "--output", str(out),
