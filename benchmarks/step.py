@@ -129,7 +129,7 @@ class Step:
         else:
             self.attached = attach_plan(model, plan, args.mode.replace("shared", "split"))
         if args.liger:
-            from addlang.models import apply_liger
+            from addlang.liger import apply_liger
 
             apply_liger(model)
         if args.compile:

@@ -349,12 +349,12 @@ def test_plan_times_a_few_steps_and_says_what_is_not_counted(addlang: Addlang, r
 def test_the_probe_of_plan_fuses_what_the_run_fuses_and_times_one_devices_part_of_a_step(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from addlang import models
+    from addlang import liger
     from addlang.planning import plan_run
     from addlang.train import loop
 
     fused, schedules, train = [], [], loop.train
-    monkeypatch.setattr(models, "apply_liger", lambda model: fused.append(model))
+    monkeypatch.setattr(liger, "apply_liger", lambda model: fused.append(model))
     monkeypatch.setattr(
         loop, "train", lambda *a, schedule, **kw: schedules.append(schedule) or train(*a, schedule=schedule, **kw)
     )

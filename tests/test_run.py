@@ -366,7 +366,7 @@ def test_an_architecture_that_liger_does_not_know_is_refused_before_the_data_are
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     liger = SimpleNamespace(monkey_patch=SimpleNamespace(MODEL_TYPE_TO_APPLY_LIGER_FN={"olmo2": None}))
-    monkeypatch.setattr("addlang.models.import_liger", lambda: liger)
+    monkeypatch.setattr("addlang.liger.import_liger", lambda: liger)
     monkeypatch.setattr("addlang.run.prepare_data", lambda *_: pytest.fail("the data were read first"))
     with pytest.raises(AddlangError, match=r"liger-kernel does not know 'llama' models"):
         execute(world.recipe(tmp_path / "out", use_liger_kernel=True))

@@ -13,7 +13,8 @@ from addlang.rundir import RunDir
 
 def check_requirements(recipe: Recipe) -> None:
     """What can be known to fail before any weight is loaded."""
-    from addlang.models import Checkpoint, import_liger, resolve
+    from addlang.liger import import_liger
+    from addlang.models import Checkpoint, resolve
     from addlang.strategies.base import import_peft
     from addlang.train.optimizers import require_libraries
 
@@ -42,7 +43,8 @@ def check_model(recipe: Recipe, source: Path, tokenizer: Any, *, weights: bool =
     from addlang.evaluation import context_length
     from addlang.freeze.proof import tied_names
     from addlang.guards.sampling import turn_frame
-    from addlang.models import Checkpoint, check_liger, skeleton
+    from addlang.liger import check_liger
+    from addlang.models import Checkpoint, skeleton
     from addlang.train.optimizers import check_types
 
     checkpoint = Checkpoint(source) if weights else None  # complete and whole, as its headers say

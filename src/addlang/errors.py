@@ -45,6 +45,11 @@ class AddlangWarning(UserWarning):
     """Something a user must know but that does not stop the run; every one is shown in the report."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception says, without the rest of a long message; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def did_you_mean(given: str, known: Iterable[str]) -> str:
     """Return ``Did you mean 'x'? Available: ...`` for an unknown name."""
     names = sorted(known)

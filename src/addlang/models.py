@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from addlang.errors import AddlangError, AddlangWarning, did_you_mean
+from addlang.errors import AddlangError, AddlangWarning, did_you_mean, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -103,7 +103,7 @@ def load_tokenizer(directory: Path, chat_template: Path | None = None) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise AddlangError(
-            f"{directory}: no usable tokenizer ({_first_line(error)})", "put the tokenizer's files beside config.json"
+            f"{directory}: no usable tokenizer ({first_line(error)})", "put the tokenizer's files beside config.json"
         ) from error
     if not tokenizer.is_fast:
         raise AddlangError(
@@ -163,7 +163,7 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise AddlangError(f"{directory}/config.json cannot be used: {_first_line(error)}") from error
+        raise AddlangError(f"{directory}/config.json cannot be used: {first_line(error)}") from error
     if getattr(config, "quantization_config", None):
         raise AddlangError(
             f"{directory}: the checkpoint is quantised, its weights cannot be trained", "use the unquantised checkpoint"
@@ -183,11 +183,11 @@ def load_model(
         )
     except ImportError as error:
         raise AddlangError(
-            f"attn_implementation '{attn_implementation}' cannot be used: {_first_line(error)}",
+            f"attn_implementation '{attn_implementation}' cannot be used: {first_line(error)}",
             "install its package, or use attn_implementation: sdpa",
         ) from error
     except (OSError, ValueError, RuntimeError) as error:
-        raise AddlangError(f"{directory}: the model cannot be loaded: {_first_line(error)}") from error
+        raise AddlangError(f"{directory}: the model cannot be loaded: {first_line(error)}") from error
     _require_every_weight(model, loading, checkpoint)
     model.to(device)
     model.eval()
@@ -218,7 +218,7 @@ def stored_behaviour(directory: Path) -> str:
             return behaviour(config, GenerationConfig.from_pretrained(str(directory)))
         return behaviour(config, GenerationConfig.from_model_config(config))
     except (OSError, ValueError, KeyError) as error:
-        raise AddlangError(f"{directory}: its configuration cannot be used: {_first_line(error)}") from error
+        raise AddlangError(f"{directory}: its configuration cannot be used: {first_line(error)}") from error
 
 
 def _plain(settings: Any) -> Any:
@@ -247,7 +247,7 @@ def skeleton(directory: Path) -> Any:
             model = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError, KeyError) as error:
         raise AddlangError(
-            f"{directory / 'config.json'} cannot be used: {_first_line(error)}",
+            f"{directory / 'config.json'} cannot be used: {first_line(error)}",
             "give the directory of a causal language model",
         ) from error
     model.tie_weights()
@@ -282,59 +282,6 @@ def _require_every_weight(model: Any, loading: Mapping[str, Any], checkpoint: Ch
                 f"'{name}' of {checkpoint.directory} is of type {kind}: the checkpoint is quantised",
                 "use the unquantised checkpoint",
             )
-
-
-def apply_liger(model: Any) -> None:
-    """Replace norms, rotary embeddings and SwiGLU of a model by liger-kernel's, in place. The loss stays addlang's own.
-
-    Raises:
-        AddlangError: liger-kernel is not installed, or does not know the architecture.
-    """
-    liger = import_liger()
-    kind = model.config.model_type
-    check_liger(kind)
-    liger._apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False, cross_entropy=False)
-    if kind in ("olmo2", "olmo3"):  # liger-kernel forgets their norms of queries and keys
-        for layer in model.base_model.layers:
-            for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm):
-                liger.monkey_patch._patch_rms_norm_module(norm, in_place=False)
-
-
-def check_liger(kind: str) -> None:
-    """Whether liger-kernel knows an architecture, as far as that can be asked here: a plan is also made for other machines.
-
-    Raises:
-        AddlangError: it does not.
-    """
-    try:
-        known = import_liger().monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN
-    except AddlangError:
-        return
-    if kind not in known:
-        raise AddlangError(
-            f"use_liger_kernel: liger-kernel does not know '{kind}' models", "leave use_liger_kernel out"
-        )
-
-
-def import_liger() -> Any:
-    """liger-kernel's module for transformers.
-
-    Raises:
-        AddlangError: it is not installed, or cannot be used on this machine.
-    """
-    try:
-        import liger_kernel.transformers  # type: ignore[import-not-found]
-        import liger_kernel.transformers.monkey_patch  # type: ignore[import-not-found]
-    except ImportError as error:
-        raise AddlangError(
-            f"use_liger_kernel: liger-kernel cannot be used ({_first_line(error)})",
-            "pip install 'addlang[liger]' on a machine with a GPU, or leave use_liger_kernel out",
-        ) from error
-    return liger_kernel.transformers
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @dataclass(frozen=True)

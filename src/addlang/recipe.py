@@ -69,7 +69,10 @@ class Recipe(Strict):
     allow_contamination: bool = Field(False, description="train although rows contain items of the evaluation's tasks")
     drop_contaminated: bool = Field(False, description="leave out rows that contain items of the evaluation's tasks")
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    deterministic: bool = Field(True, description="deterministic kernels, so that a resumed run is bit-identical")
+    deterministic: bool = Field(
+        True,
+        description="deterministic kernels, so that a resumed run is bit-identical (on a GPU attention without cuDNN)",
+    )
     trust_remote_code: Literal[False] = Field(False, description="remote code is never run")
 
     @model_validator(mode="after")

@@ -131,7 +131,8 @@ def adapt(
     import torch
 
     from addlang.export import export
-    from addlang.models import Checkpoint, apply_liger, load_model
+    from addlang.liger import apply_liger
+    from addlang.models import Checkpoint, load_model
     from addlang.phases import answer_replay
     from addlang.train.loop import Schedule, compute_dtype, train
     from addlang.train.memory import explain_out_of_memory, settle
@@ -463,6 +464,7 @@ def prepare_device(recipe: Recipe) -> torch.device:
         )
     device = torch.device("cuda" if recipe.device != "cpu" and torch.cuda.is_available() else "cpu")
     torch.use_deterministic_algorithms(recipe.deterministic, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # every dense weight that split layers assemble
     return device
 
 

@@ -21,10 +21,10 @@ from addlang.errors import AddlangError
 from addlang.freeze import gpu
 from addlang.freeze.execution import attach_plan
 from addlang.freeze.plan import FreezePlan, Frozen
-from addlang.models import apply_liger
+from addlang.liger import apply_liger
 from addlang.run import execute
 from addlang.scoring import gpu as scoring_gpu
-from addlang.scoring.activations import sum_of_squares
+from addlang.scoring.activations import InputStatistics, sum_of_squares
 from addlang.train.loop import Schedule, train
 from tinyrun import World, dying_at, metrics, same
 from training import Data, make_exact, phase
@@ -109,13 +109,15 @@ def test_squares_are_summed_as_without_the_kernel(
     norm = next(m for n, m in make_model("llama").named_modules() if n.endswith("input_layernorm")) if normed else None
     rows = torch.arange(70, device=CUDA) < torch.tensor([[70], [33], [1]], device=CUDA) if padded else None
     for width in (128, 300, 5003):
-        x = torch.randn(3, 70, width, device=CUDA).to(dtype)
-        assert scoring_gpu.usable(x.view(-1, width))
-        found = sum_of_squares(x, rows, norm)
-        monkeypatch.setattr(scoring_gpu, "usable", lambda _: False)
-        assert torch.allclose(found, sum_of_squares(x, rows, norm), rtol=1e-5)
-        monkeypatch.undo()
-        monkeypatch.setattr(scoring_gpu, "SMALLEST", 0)
+        statistics = InputStatistics()
+        statistics._rows, statistics._weights = rows, None if rows is None else rows.flatten().float()
+        expected = torch.zeros(width, dtype=torch.float64, device=CUDA)
+        for _ in range(2):  # the second is added to the first
+            x = torch.randn(3, 70, width, device=CUDA).to(dtype)
+            assert scoring_gpu.usable(x.view(-1, width))
+            statistics._count("x", x, norm)
+            expected += sum_of_squares(x, rows, norm)
+        assert torch.allclose(statistics._tables["x"].sum(0), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("form", ["masked", "split_assemble", "split_resident"])
@@ -173,6 +175,14 @@ def test_a_run_proves_itself_and_continues_with_the_same_bits(
     killed = execute(recipe(world, tmp_path / "killed"))
     assert same(killed, whole)
     assert metrics(killed) == metrics(whole)
+
+
+def test_training_twice_gives_the_same_bits_also_with_long_packed_documents(
+    world: World, tmp_path: Path, offline: None
+) -> None:
+    settings = {"sequence_length": 64, "batch_size": 8, "precision": "bf16", "tokens": 4096}
+    first, second = (execute(recipe(world, tmp_path / name, **settings)) for name in ("first", "second"))
+    assert same(first, second)
 
 
 @pytest.mark.parametrize("name", ["full", "ssu", "hft", "gmt", "lisa", "lota", "s2ft", "spectrum", "lora"])

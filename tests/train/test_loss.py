@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from addlang.errors import AddlangWarning
 from addlang.train.loss import linear_cross_entropy, token_loss
@@ -116,6 +117,38 @@ def test_fp32_and_bf16_are_summed_in_fp32() -> None:
     model = model.bfloat16()
     assert token_loss(model, batch, chunk_tokens=5)[0].dtype == torch.float32
     assert gradients(model, token_loss(model, batch, chunk_tokens=5)[0])["lm_head.weight"].dtype == torch.bfloat16
+
+
+class LargestProduct(TorchDispatchMode):
+    """Elements of the largest 16-bit matrix product."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.mm.default and out.dtype == torch.bfloat16:
+            self.numel = max(self.numel, out.numel())
+        return out
+
+
+def test_16_bit_products_for_the_heads_gradient_are_added_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    g = torch.Generator().manual_seed(3)
+    hidden, weight = torch.randn(40, 8, generator=g).requires_grad_(), torch.randn(60, 8, generator=g).requires_grad_()
+    targets = torch.randint(60, (40,), generator=g)
+
+    def gradient(block: int) -> tuple[Tensor, int]:
+        monkeypatch.setattr("addlang.train.loss.CHUNK_ELEMENTS", block)
+        weight.grad = None
+        with LargestProduct() as largest, torch.autocast("cpu", torch.bfloat16):
+            linear_cross_entropy(hidden, weight, None, targets, chunk_tokens=10).backward()  # type: ignore[no-untyped-call]
+        assert weight.grad is not None
+        return weight.grad, largest.numel
+
+    whole, product = gradient(1 << 20)
+    assert product == 40 * 60 // 4  # a chunk's logits, by far not the head
+    blocks, product = gradient(56)
+    assert product == 10 * 60
+    torch.testing.assert_close(blocks, whole, rtol=1e-2, atol=1e-2)
 
 
 def test_without_labels_the_loss_is_zero_and_backward_runs() -> None:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from tiny import make_model, save_model
+from tiny import save_model
 
 from addlang.errors import AddlangError
 from addlang.freeze.proof import bits
-from addlang.models import apply_liger, load_model
+from addlang.models import load_model
 from addlang.train.optimizers import build_optimizer, check_types, parameter_groups, require_compiler, state_parts
 from training import Data, Killed, attach, phase, run, weights
 
@@ -192,26 +191,3 @@ def test_attention_implementation_reaches_the_model(tmp_path: Path) -> None:
     assert load_model(tmp_path, attn_implementation="eager").config._attn_implementation == "eager"
     with pytest.raises(AddlangError, match="attn_implementation 'flash_attention_2' cannot be used"):
         load_model(tmp_path, attn_implementation="flash_attention_2")
-
-
-def test_liger_gets_the_norms_of_queries_and_keys_that_it_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
-    fused: list[Any] = []
-    patch = SimpleNamespace(
-        MODEL_TYPE_TO_APPLY_LIGER_FN={"olmo2": None, "llama": None},
-        _patch_rms_norm_module=lambda norm, in_place: fused.append((norm, in_place)),
-    )
-    liger = SimpleNamespace(monkey_patch=patch, _apply_liger_kernel_to_instance=lambda **_: None)
-    monkeypatch.setattr("addlang.models.import_liger", lambda: liger)
-    model = make_model("olmo2")
-    apply_liger(model)
-    attention = [layer.self_attn for layer in model.model.layers]
-    assert fused == [(norm, False) for a in attention for norm in (a.q_norm, a.k_norm)]
-    fused.clear()
-    apply_liger(make_model("llama"))
-    assert fused == []
-
-
-def test_liger_is_refused_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "liger_kernel", None)
-    with pytest.raises(AddlangError, match="use_liger_kernel: liger-kernel cannot be used"):
-        apply_liger(make_model("llama"))

@@ -127,7 +127,8 @@ def run_probe(
     """
     import torch
 
-    from addlang.models import Checkpoint, apply_liger, load_model
+    from addlang.liger import apply_liger
+    from addlang.models import Checkpoint, load_model
     from addlang.preflight.watch import read
     from addlang.run import make_plan, start_guards
     from addlang.train.loop import Schedule, compute_dtype, train

@@ -35,7 +35,10 @@ class InputStatistics:
         self.tokens = 0
         self.sequences = 0
         self._rows: Tensor | None = None  # [B, T] bool, None when the batch has no pads
-        self._shared: tuple[Tensor, Tensor, Tensor | None] | None = None
+        self._weights: Tensor | None = None  # fp32 [B * T], 0 for pads
+        self._shared: tuple[Tensor, str] | None = None  # the last layer's input, and the layer
+        self._leader: dict[str, str] = {}  # of layers that get the input of another one: q, k and v; gate and up
+        self._tables: dict[str, Tensor] = {}  # of a GPU's kernel
 
     def collect(
         self, model: Any, calibration: CalibrationSet, progress: Callable[[int, int, str], None] | None = None
@@ -55,8 +58,9 @@ class InputStatistics:
         try:
             with torch.inference_mode():
                 for batch in calibration:
-                    ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
-                    padded = not bool(mask.all())
+                    ids, mask = batch["input_ids"], batch["attention_mask"]
+                    padded, real = not bool(mask.all()), int(mask.sum())  # asked of a GPU, they would wait for it
+                    ids, mask = ids.to(device), mask.to(device)
                     if (
                         padded and ids.shape[1] in heads
                     ):  # per-head norms could not tell heads from tokens: one more pad
@@ -65,16 +69,24 @@ class InputStatistics:
                             nn.functional.pad(mask, (0, 1)),
                         )
                     self._rows = mask.bool() if padded else None
+                    self._weights = mask.flatten().float() if padded else None
                     self._shared = None
                     decoder(input_ids=ids, attention_mask=mask if padded else None, use_cache=False)
-                    self.tokens += int(mask.sum())
+                    self.tokens += real
                     self.sequences += ids.shape[0]
                     if progress is not None:
                         progress(self.sequences, calibration.sequences, "scoring")
+                for name, table in self._tables.items():
+                    _add(self.squares, name, table.sum(0))
+                for name, leader in self._leader.items():
+                    for found in (self.squares, self.sequence_means):
+                        if leader != name and leader in found:
+                            found[name] = found[leader].clone()
         finally:
             for h in handles:
                 h.remove()
-            self._shared = self._rows = None
+            self._shared = self._rows = self._weights = None
+            self._tables.clear()
         missing = sorted(set(wanted) - set(self.squares))
         if missing:
             raise AddlangError(
@@ -90,26 +102,47 @@ class InputStatistics:
     def _hook(self, name: str, is_norm: bool) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0]
-            # q, k and v get one tensor, gate and up another: their statistics are computed once
-            if not is_norm and self._shared is not None and self._shared[0] is x:
-                _, total, mean = self._shared
-            else:
-                total = sum_of_squares(x, self._rows, module if is_norm else None)
-                mean = x.detach().float().square().flatten(1, -2).mean(1).sum(0) if self.reference else None
-                if not is_norm:
-                    self._shared = (x, total, mean)
-            _add(self.squares, name, total)
-            if mean is not None:
-                _add(self.sequence_means, name, mean)
+            if not is_norm:
+                # q, k and v get one tensor, gate and up another: their statistics are computed once
+                leader = self._shared[1] if self._shared is not None and self._shared[0] is x else name
+                if self._leader.setdefault(name, leader) != leader:
+                    raise AddlangError(
+                        f"'{name}' shares its input with another layer in some batches only",
+                        "this architecture is not supported",
+                    )
+                if leader != name:
+                    return
+                self._shared = (x, name)
+            self._count(name, x, module if is_norm else None)
+            if self.reference:
+                _add(self.sequence_means, name, x.detach().float().square().flatten(1, -2).mean(1).sum(0))
 
         return hook
+
+    def _count(self, name: str, x: Tensor, norm: nn.Module | None) -> None:
+        flat = x.reshape(-1, x.shape[-1])
+        if isinstance(norm, nn.LayerNorm) or not gpu.usable(flat):
+            _add(self.squares, name, sum_of_squares(x, self._rows, norm))
+            return
+        weights = (
+            None
+            if self._rows is None
+            else self._weights
+            if x.dim() == 3
+            else token_weights(x, self._rows, torch.float32)
+        )
+        if norm is not None:
+            weights = gpu.row_scales(flat, weights, epsilon(norm))
+        if name not in self._tables:
+            self._tables[name] = gpu.new_table(flat)
+        gpu.add_column_squares(self._tables[name], flat, weights)
 
 
 def _add(table: dict[str, Tensor], name: str, value: Tensor) -> None:
     if name in table:
         table[name] += value
     else:
-        table[name] = value.to(torch.float64, copy=True)  # modules with one input are given one tensor
+        table[name] = value.to(torch.float64)
 
 
 def sum_of_squares(x: Tensor, rows: Tensor | None, norm: nn.Module | None = None) -> Tensor:
@@ -122,8 +155,6 @@ def sum_of_squares(x: Tensor, rows: Tensor | None, norm: nn.Module | None = None
     flat = x.reshape(-1, x.shape[-1])
     wide = torch.promote_types(x.dtype, torch.float32)
     weights = None if rows is None else token_weights(x, rows, wide)
-    if not isinstance(norm, nn.LayerNorm) and gpu.usable(flat):
-        return gpu.column_squares(flat, weights if norm is None else row_scales(flat, weights, norm))
     # block by block, so that squares stay in the processor's cache: ten times as fast as one pass over a large activation
     step = max(1, (BLOCK if x.device.type == "cpu" else flat.numel()) // flat.shape[1])
     total = torch.zeros(flat.shape[1], dtype=torch.float64, device=x.device)
@@ -138,13 +169,6 @@ def sum_of_squares(x: Tensor, rows: Tensor | None, norm: nn.Module | None = None
             weight = scale if weight is None else weight * scale
         total += square.sum(0) if weight is None else weight @ square
     return total
-
-
-def row_scales(flat: Tensor, weights: Tensor | None, norm: nn.Module) -> Tensor:
-    """What the squares of each row are multiplied by to be those of the normalised row: fp32 [N]."""
-    squares = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float32).square()
-    scale = 1 / (squares / flat.shape[1] + epsilon(norm))
-    return scale if weights is None else scale * weights
 
 
 def token_weights(x: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:

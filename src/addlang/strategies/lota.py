@@ -99,6 +99,7 @@ class LoTA(Strategy):
         from addlang.freeze.masked import Masked
         from addlang.recipe import TrainSettings
         from addlang.strategies.full import Full
+        from addlang.train.exact import exact_kernels
         from addlang.train.loop import disable_checkpointing, enable_checkpointing
 
         assert inputs.target is not None
@@ -120,7 +121,8 @@ class LoTA(Strategy):
             model.train()
             if settings.activation_checkpointing:
                 enable_checkpointing(model)
-            with torch.random.fork_rng(devices=[d for d in {p.device for p in model.parameters()} if d.type == "cuda"]):
+            device = next(model.parameters()).device
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), exact_kernels(device):
                 torch.manual_seed(inputs.seed)  # of stochastic rounding
                 tokens = train_briefly(attached, inputs, settings.model_copy(update=rates), self.warmup_steps)
             with torch.no_grad():

@@ -22,6 +22,7 @@ from torch import Tensor
 from addlang.errors import AddlangError, PreemptedError
 from addlang.progress import progress
 from addlang.train import checkpoint
+from addlang.train.exact import exact_kernels
 from addlang.train.loss import token_loss
 from addlang.train.monitor import MetricsLog, SpikeWatch, Trackers, check_step, preemption, write_bad_batch
 from addlang.train.optimizers import build_optimizer, build_scheduler, require_compiler, set_rates
@@ -91,8 +92,9 @@ def train(
     if phase.torch_compile:
         compile_layers(attached.model)
     model = spread(attached, phase, world, device, compute_dtype(phase, device))
-    for guard in guards:
-        guard.begin(attached)
+    with exact_kernels(device):
+        for guard in guards:
+            guard.begin(attached)
     optimizer = build_optimizer(attached, phase)
     scheduler = build_scheduler(optimizer, phase, schedule.steps)
     attached.bind(optimizer, schedule.steps)
@@ -132,6 +134,7 @@ def train(
     window_tokens, window_started = 0, started
     total = schedule.steps * schedule.batch * phase.sequence_length
     with (
+        exact_kernels(device),
         contextlib.closing(writer),
         preemption() as preempted,
         progress(f"training {phase.name}", total=total, unit="tokens") as bar,

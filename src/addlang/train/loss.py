@@ -200,20 +200,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     p.mul_(scale)
                 if tanh is not None:
                     p.mul_(1 - tanh.to(wide).square_())
+                if db is not None:
+                    db += p.sum(0)
                 dz = p.to(compute)
+                del p, tanh  # memory is shortest here
                 if want_h and one:
                     dh = (dz @ w).to(hidden.dtype)
                 elif dh is not None:
                     dh[i : i + chunk] = dz @ w
-                if db is not None:
-                    db += p.sum(0)
                 if want_w and one:
                     dw = dz.t() @ h
                 elif dw is not None:
                     if compute == wide:
                         dw.addmm_(dz.t(), h)
                     else:  # chunks are added in fp32: sums of bf16 chunks would round once per chunk
-                        dw += dz.t() @ h
+                        add_product(dw, dz, h)
+                del dz
         dw = None if dw is None else dw.to(weight.dtype)
         db = None if db is None or bias is None else db.to(bias.dtype)
         ctx.gradients = (dh, dw, db)
@@ -227,6 +229,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         # a 0-dim factor keeps each gradient's type
         return (*(None if g is None else g.mul_(grad) for g in gradients), None, None, None, None, None, None)
+
+
+def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """``out += a.T @ b`` for a 16-bit product, which is never there as a whole; out: fp32 [V, d], a: [n, V], b: [n, d]."""
+    rows = max(1, CHUNK_ELEMENTS // b.shape[1])
+    for i in range(0, out.shape[0], rows):
+        out[i : i + rows] += a[:, i : i + rows].t() @ b
 
 
 def _inner(model: nn.Module) -> Any:

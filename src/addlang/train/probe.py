@@ -44,7 +44,8 @@ def seconds_per_step(
     """
     import torch
 
-    from addlang.models import Checkpoint, apply_liger, load_model
+    from addlang.liger import apply_liger
+    from addlang.models import Checkpoint, load_model
     from addlang.train.loop import Schedule, compute_dtype, train
     from addlang.train.memory import GIB, device_memory, settle
     from addlang.train.shard import World

@@ -1,0 +1,40 @@
+"""Training whose results do not depend on the order in which a GPU happens to add."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from addlang.errors import AddlangError, first_line
+
+
+@contextlib.contextmanager
+def exact_kernels(device: torch.device) -> Iterator[None]:
+    """Within this context a GPU's kernels are deterministic, where the run's are, or there is an error.
+
+    Elsewhere torch is told to warn only, and then the backward pass of fused attention adds up in an order that differs from run to
+    run. cuDNN's attention has no other in torch: it is left out.
+
+    Raises:
+        AddlangError: an operation has no deterministic kernel.
+    """
+    if device.type != "cuda" or not torch.are_deterministic_algorithms_enabled():
+        yield
+        return
+    only_warns, cudnn = torch.is_deterministic_algorithms_warn_only_enabled(), torch.backends.cuda.cudnn_sdp_enabled()
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        raise AddlangError(
+            f"training needs an operation that has no deterministic kernel ({first_line(error)})",
+            "deterministic: false; then a run that is continued may differ in its last bits",
+        ) from error
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        torch.use_deterministic_algorithms(True, warn_only=only_warns)

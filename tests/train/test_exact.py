@@ -1,0 +1,57 @@
+"""Where training asks for deterministic kernels; what they are on a GPU is in ``tests/gpu``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from addlang.errors import AddlangError
+from addlang.train.exact import exact_kernels
+
+CUDA = torch.device("cuda")
+
+
+def settings() -> tuple[bool, bool, bool]:
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.backends.cuda.cudnn_sdp_enabled(),
+    )
+
+
+@pytest.fixture(autouse=True)
+def restored() -> Iterator[None]:
+    deterministic, warns, cudnn = settings()
+    yield
+    torch.use_deterministic_algorithms(deterministic, warn_only=warns)
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
+
+
+def test_a_deterministic_run_trains_on_a_gpu_without_kernels_that_only_warn() -> None:
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with exact_kernels(CUDA):
+        assert settings() == (True, False, False)
+    assert settings() == (True, True, True)
+
+
+@pytest.mark.parametrize(("device", "deterministic"), [("cpu", True), ("cuda", False)])
+def test_other_runs_keep_what_they_have(device: str, deterministic: bool) -> None:
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    before = settings()
+    with exact_kernels(torch.device(device)):
+        assert settings() == before
+
+
+def test_an_operation_without_a_deterministic_kernel_is_an_error_with_the_fix() -> None:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with (
+        pytest.raises(AddlangError, match=r"deterministic kernel \(kth(.|\n)*fix: deterministic: false"),
+        exact_kernels(CUDA),
+    ):
+        raise RuntimeError("kth does not have a deterministic implementation, but you set 'torch.use_deterministic...'")
+    with pytest.raises(RuntimeError, match="out of memory"), exact_kernels(CUDA):
+        raise RuntimeError("out of memory")
+    assert torch.is_deterministic_algorithms_warn_only_enabled()
