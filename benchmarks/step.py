@@ -3,9 +3,9 @@
     python benchmarks/step.py --preset 100m --json step.json
 
 Real configurations with random weights: fp32 throughout, or stored in bf16 as checkpoints are, with fp32 masters of
-what trains, under bf16 autocast. AdamW with fp32 state. On a CPU every measurement runs in a process of its own, so that
-peak memory is that of one mode; the processes of one setting take turns, step by step, so that all modes meet the same
-load of the machine. On a GPU, whose allocator counts exactly, the modes follow each other in one process. Time is the
+what trains, under bf16 autocast. AdamW with fp32 state. On a CPU every measurement runs in a process of its own, and
+the processes of one setting take turns, step by step, so that all modes meet the same load of the machine. On a GPU
+the modes follow each other in one process. Peak memory is that of tensors, on both. Arithmetic counts all products, attention's too. Time is the
 median over steps; cpu_time, on a CPU, is the processor time of the process, which says more where others use the machine. Sequences
 are one document each: no position_ids are given, so attention is causal and isolates nothing (``isolate_documents: true``, a run's
 default, adds a mask).
@@ -197,20 +197,17 @@ def child(args: argparse.Namespace) -> None:
     """One mode on a CPU: build, report what a step computes and its peak memory, then make a step for each line read."""
     import torch
 
-    import addlang.freeze.execution
-    import addlang.strategies.base
-    import addlang.train.loss  # noqa: F401 - modules count as baseline
-    from addlang.train.peak import Peak, resident_bytes
+    from addlang.train.peak import Peak
 
     torch.set_num_threads(args.threads)
-    empty = resident_bytes()
     step = Step(args)
     step()  # makes the optimizer's state and the resident weights
     flops = counted(step)
-    resident_bytes()
-    with Peak() as watch:
+    with Peak() as peak:
         step()
-    result = {"flops": flops, "peak_memory": watch.bytes - empty, "estimate": estimated(args, step)}
+        peak.begin()
+        step()
+    result = {"flops": flops, "peak_memory": peak.bytes, "estimate": estimated(args, step)}
     print(json.dumps(result), flush=True)
     for _ in sys.stdin:
         print(json.dumps(step()), flush=True)

@@ -14,7 +14,7 @@ def apply_liger(model: Any) -> None:
     """Replace norms, rotary embeddings and SwiGLU of a model by liger-kernel's, in place. The loss stays addlang's own.
 
     liger-kernel also replaces classes and functions in transformers' module of the architecture, for every model that is
-    made there afterwards: the evaluation after training would run on other kernels than the one before, and a MLP with biases
+    made there afterwards: the evaluation after training would run on other kernels than the one before, and an MLP with biases
     would lose them. They are put back, and this model's attention alone keeps the function that it looks up there.
 
     Raises:

@@ -124,13 +124,9 @@ class InputStatistics:
         if isinstance(norm, nn.LayerNorm) or not gpu.usable(flat):
             _add(self.squares, name, sum_of_squares(x, self._rows, norm))
             return
-        weights = (
-            None
-            if self._rows is None
-            else self._weights
-            if x.dim() == 3
-            else token_weights(x, self._rows, torch.float32)
-        )
+        weights = self._weights
+        if self._rows is not None and x.dim() != 3:
+            weights = token_weights(x, self._rows, torch.float32)
         if norm is not None:
             weights = gpu.row_scales(flat, weights, epsilon(norm))
         if name not in self._tables:

@@ -53,6 +53,9 @@ def measured(options: Mapping[str, Mapping[str, Any]], guards: Sequence[str] = (
 
 def one(name: str, options: dict[str, Any], guards: Sequence[str] = ()) -> dict[str, Any]:
     """Median time of a step per token that is read, peak memory, and the share of tokens that guards read; in this process."""
+    from addlang.progress import quiet_libraries
+
+    quiet_libraries()
     import torch
     import transformers
 
@@ -60,13 +63,12 @@ def one(name: str, options: dict[str, Any], guards: Sequence[str] = ()) -> dict[
     from addlang.guards import make_guard
     from addlang.strategies.base import PlanInputs, make_strategy
     from addlang.train.loss import token_loss
-    from addlang.train.peak import Peak, resident_bytes
+    from addlang.train.peak import Peak
 
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(1)
-    empty = resident_bytes()
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).to(device)
     model.config.use_cache = False
     for p in model.parameters():  # the values of a 16-bit checkpoint, in fp32 masters
@@ -117,11 +119,12 @@ def one(name: str, options: dict[str, Any], guards: Sequence[str] = ()) -> dict[
         step(2)
         memory = torch.cuda.max_memory_allocated()
     else:
-        resident_bytes()
         with Peak() as peak:
             step(2)
-        memory = peak.bytes - empty
-    numbers = range(3, 3 + STEPS)
+            peak.begin()
+            step(3)
+        memory = peak.bytes
+    numbers = range(4, 4 + STEPS)
     target = SHAPE[0] * SHAPE[1]
     read = {n: sum(guard.tokens(n) for guard in active) for n in numbers}
     per_token = statistics.median(step(n) / (1 + read[n] / target) for n in numbers)
