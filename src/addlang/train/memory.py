@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 USABLE = 0.93  # of a GPU's nominal memory: the CUDA context, the allocator's rounding and fragmentation take the rest
-# of that, what resident weights may leave at most: on a CPU the estimate is a lower bound (docs/performance.md)
+# of that, what resident weights may leave at most: on a CPU a process takes more than its tensors (docs/performance.md)
 ROOM = {"cuda": 0.85, "cpu": 0.5}
 Form = Literal["masked", "assemble", "resident"]
 
