@@ -455,6 +455,7 @@ def prepare_device(recipe: Recipe) -> torch.device:
     """
     if recipe.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")  # transformers hands it to the package's kernels
     import torch
 
     if recipe.device == "cuda" and not torch.cuda.is_available():

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from addlang.errors import AddlangError
+from addlang.run import prepare_device
 from addlang.train.exact import exact_kernels
+from tinyrun import World
 
 CUDA = torch.device("cuda")
+TOLD = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINISTIC": "1"}
 
 
 def settings() -> tuple[bool, bool, bool]:
@@ -43,6 +48,16 @@ def test_other_runs_keep_what_they_have(device: str, deterministic: bool) -> Non
     before = settings()
     with exact_kernels(torch.device(device)):
         assert settings() == before
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_deterministic_run_tells_the_libraries_that_are_told_by_environment_variables(
+    deterministic: bool, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = {k: v for k, v in os.environ.items() if k not in TOLD}
+    monkeypatch.setattr(os, "environ", environment)
+    prepare_device(world.recipe(tmp_path / "out", deterministic=deterministic))
+    assert {k: environment.get(k) for k in TOLD} == (TOLD if deterministic else dict.fromkeys(TOLD))
 
 
 def test_an_operation_without_a_deterministic_kernel_is_an_error_with_the_fix() -> None:
