@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 
-from addlang.errors import AddlangWarning
+from addlang.errors import AddlangWarning, first_line
 
 
 def works(check: Callable[[], bool], consequence: str) -> bool:
@@ -18,7 +18,7 @@ def works(check: Callable[[], bool], consequence: str) -> bool:
     try:
         right, reason = check(), "its kernels give wrong values here"
     except Exception as error:
-        right, reason = False, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        right, reason = False, f"{type(error).__name__}: {first_line(error)}"
     if not right:
         warnings.warn(f"{consequence} ({reason})", AddlangWarning, stacklevel=3)
     return right

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import calibration, make_model
 
-from addlang.errors import AddlangWarning
+from addlang.errors import AddlangError, AddlangWarning
 from addlang.scoring import gpu
 from addlang.scoring.activations import InputStatistics
 
@@ -98,3 +98,10 @@ def test_layers_with_one_input_are_counted_once(monkeypatch: pytest.MonkeyPatch)
     found = statistics.squares
     assert torch.equal(found["model.layers.0.self_attn.v_proj"], found["model.layers.0.self_attn.q_proj"])
     assert torch.equal(found["model.layers.0.mlp.up_proj"], found["model.layers.0.mlp.gate_proj"])
+
+
+def test_an_input_that_is_shared_in_some_batches_only_is_refused() -> None:
+    statistics = InputStatistics()
+    statistics._leader["model.layers.0.mlp.up_proj"] = "model.layers.0.self_attn.q_proj"
+    with pytest.raises(AddlangError, match=r"up_proj' shares its input with another layer in some batches only"):
+        statistics.collect(make_model("llama"), calibration(2))

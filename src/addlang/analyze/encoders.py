@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from addlang.errors import AddlangError
+from addlang.errors import AddlangError, first_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -232,7 +232,7 @@ def _transformers(directory: Path, pooling: str, max_tokens: int, device: str) -
             str(directory), use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
     except (OSError, ValueError, KeyError) as error:
-        raise AddlangError(f"{directory}: the encoder cannot be loaded ({str(error).splitlines()[0]})") from error
+        raise AddlangError(f"{directory}: the encoder cannot be loaded ({first_line(error)})") from error
     # a pooler that is not used may be missing; anything else would be drawn at random
     if missing := [k for k in sorted(loading["missing_keys"]) if pooling == "pooler" or not k.startswith("pooler.")]:
         raise AddlangError(f"encoder {directory} has no tensor '{missing[0]}'", "copy the encoder again")
