@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import calibration, make_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from addlang.recipe import Phase
 from addlang.strategies import PlanInputs, make_strategy
@@ -101,6 +103,39 @@ def make_exact(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(torch.Tensor, "float", keep_float)
     patch.setattr(torch.nn.functional, "softmax", keep_softmax)
+
+
+def _floats(*tensors: Any) -> bool:
+    return any(isinstance(t, torch.Tensor) and t.is_floating_point() for t in tensors)
+
+
+# operations of which torch has no deterministic kernel on a GPU, of those that a language model or an optimizer could need
+# (its documentation of use_deterministic_algorithms, and kthvalue, which that forgets): when they are refused
+REFUSED_ON_A_GPU: dict[str, Callable[..., bool]] = {
+    "kthvalue": lambda *a, **k: True,
+    "median": lambda *a, **k: len(a) > 1 or bool(k),  # with a dimension it gives indices too
+    "nanmedian": lambda *a, **k: len(a) > 1 or bool(k),
+    "histc": lambda *a, **k: True,
+    "bincount": lambda x, weights=None, *a, **k: weights is not None,
+    "put": lambda *a, **k: True,
+    "cumsum": lambda x, *a, **k: _floats(x),
+    "scatter_reduce": lambda x, dim, index, src, reduce, **k: reduce == "prod",
+    "nll_loss2d_forward": lambda *a, **k: True,
+    "grid_sampler_2d_backward": lambda *a, **k: True,
+}
+
+
+class AsOnAGpu(TorchDispatchMode):
+    """Refuses what torch would refuse on a GPU where deterministic kernels are asked for."""
+
+    seen = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen += 1
+        refused = REFUSED_ON_A_GPU.get(func.overloadpacket.__name__.rstrip("_"))
+        if refused and torch.are_deterministic_algorithms_enabled() and refused(*args, **(kwargs or {})):
+            raise RuntimeError(f"{func} does not have a deterministic implementation")
+        return func(*args, **(kwargs or {}))
 
 
 class Killed(BaseException):

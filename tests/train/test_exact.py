@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tiny import save_model
 
+from addlang import guards
 from addlang.errors import AddlangError
-from addlang.run import prepare_device
-from addlang.train.exact import exact_kernels
+from addlang.run import execute, prepare_device
+from addlang.strategies import available
+from addlang.train.exact import any_order, exact_kernels
 from tinyrun import World
+from training import AsOnAGpu
 
 CUDA = torch.device("cuda")
 TOLD = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINISTIC": "1"}
@@ -71,3 +77,54 @@ def test_an_operation_without_a_deterministic_kernel_is_an_error_with_the_fix() 
         with pytest.raises(RuntimeError, match=other), exact_kernels(CUDA):
             raise RuntimeError(other)
     assert torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+FEW = {"conversations": 8, "max_answer_tokens": 20, "max_instruction_tokens": 20, "language_filter": False}
+OPTIONS = {"lota": {"warmup_steps": 3}, "layers": {"freeze": "0"}, "self_anchor": {"anchor": FEW}}
+
+
+def said(_model: object, tokenizer: Any, prompts: list[list[int]], **_: object) -> list[list[int]]:
+    """Stands in for sampling, which a random model is no good for."""
+    return [tokenizer(f"the cat {i} of {len(p)}")["input_ids"] for i, p in enumerate(prompts)]
+
+
+@contextlib.contextmanager
+def as_on_a_gpu(watched: list[AsOnAGpu]) -> Iterator[None]:
+    watched.append(AsOnAGpu())
+    torch.use_deterministic_algorithms(True)
+    with watched[-1]:
+        yield
+
+
+@pytest.mark.parametrize("name", [*available(), *(f"full + {g}" for g in guards.available())])
+def test_no_operation_of_a_run_lacks_a_deterministic_kernel_on_a_gpu(
+    name: str, world: World, tmp_path: Path, offline: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched: list[AsOnAGpu] = []
+    for module in ("addlang.train.loop", "addlang.train.exact"):
+        monkeypatch.setattr(f"{module}.exact_kernels", lambda _: as_on_a_gpu(watched))
+    monkeypatch.setattr("addlang.evaluate.generation.sample", said)
+    strategy, _, guard = name.partition(" + ")
+    given = {"name": strategy, **OPTIONS.get(strategy, {})}
+    if strategy == "lf_h2":
+        given["reference_model"] = str(save_model(tmp_path / "before", seed=1))
+    anchored = {"name": guard, **(FEW if guard == "self_anchor" else {})}
+    execute(world.recipe(tmp_path / "out", strategy=given, guards=[anchored] if guard else None, tokens=768))
+    assert sum(w.seen for w in watched) > 1000
+
+
+def test_the_watch_refuses_what_a_gpu_refuses() -> None:
+    torch.use_deterministic_algorithms(True)
+    with AsOnAGpu():
+        torch.arange(4).cumsum(0)
+        for refused in (
+            lambda: torch.rand(4).cumsum(0),
+            lambda: torch.rand(4).kthvalue(2),
+            lambda: torch.rand(4).median(0),
+        ):
+            with pytest.raises(RuntimeError, match="deterministic implementation"):
+                refused()
+        with any_order():
+            assert torch.tensor([3.0, 1.0, 2.0]).kthvalue(2).values == 2
+        with pytest.raises(RuntimeError, match="deterministic implementation"):
+            torch.rand(4).kthvalue(2)

@@ -157,8 +157,11 @@ class AdaLoRAAttached(AdapterAttached):
 
     def after_step(self, step: int) -> None:
         """Needs the step's gradients: the loop clears them afterwards."""
+        from addlang.train.exact import any_order
+
         if not self.strategy.reference_code:
-            self.tuner.update_and_allocate(step)
+            with any_order():  # peft's threshold is a kthvalue; the rest of the allocator has one order
+                self.tuner.update_and_allocate(step)
         super().after_step(step)
 
     @property

@@ -13,6 +13,23 @@ REFUSALS = ("does not have a deterministic implementation", "Deterministic behav
 
 
 @contextlib.contextmanager
+def any_order() -> Iterator[None]:
+    """Within this context no kernel is refused: for an operation of which only that is read which is the same in any order.
+
+    torch refuses ``kthvalue`` on a GPU because equal elements may be named in any order, also where only the value is read.
+    """
+    asked, only_warns = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(asked, warn_only=only_warns)
+
+
+@contextlib.contextmanager
 def exact_kernels(device: torch.device) -> Iterator[None]:
     """Within this context a GPU's kernels are deterministic, where the run's are, or there is an error.
 
