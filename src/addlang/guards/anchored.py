@@ -108,6 +108,9 @@ class Anchored(ActiveGuard):
     def tokens(self, step: int) -> int:
         return int((self.teacher.positions[self.order.at(step)] >= 0).sum())
 
+    def tokens_before(self) -> int:
+        return int(self.about["tokens"])
+
     def describe(self) -> dict[str, Any]:
         return {
             "guard": self.guard.name,

@@ -82,6 +82,10 @@ class ActiveGuard(ABC):
         """Tokens that this step reads besides the target text; they count towards the budget."""
         return 0
 
+    def tokens_before(self) -> int:
+        """Tokens that preparing it reads, once and whether cached or not; they do not count towards the budget."""
+        return 0
+
     def describe(self) -> dict[str, Any]:
         """Plain data for the report."""
         return {}

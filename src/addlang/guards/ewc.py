@@ -115,6 +115,9 @@ class _Active(ActiveGuard):
                     p.grad.add_(pull, alpha=self.guard.weight)
         return 0.5 * self.guard.weight * total(terms)  # only now does the host wait for a GPU
 
+    def tokens_before(self) -> int:
+        return sum(map(len, self.ids))
+
     def describe(self) -> dict[str, Any]:
         return {"guard": self.guard.name, **self.guard.model_dump(mode="json"), **self.about}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -97,11 +98,12 @@ def study_html(data: Mapping[str, Any]) -> str:
             "it gained. Paired t tests over seeds, Holm's correction. The last column is the difference averaged over all "
             "gains that both span.",
             command=data["command"],
-            run_columns=["run", "tokens", "training time", "trained", "proof"],
+            run_columns=["run", "tokens", "read before", "training time", "trained", "proof"],
             runs=[
                 [
                     r["folder"],
                     numbers.integer(r["tokens"]),
+                    numbers.integer(r.get("tokens_before", 0)),
                     duration(r["train_seconds"]),
                     numbers.percent(r["trainable_fraction"]),
                     "holds" if r["proof_ok"] else "FAILED",
@@ -259,6 +261,13 @@ def _notes(data: Mapping[str, Any]) -> list[str]:
         notes.append(f"Every run read {budgets[0]:,} tokens; replayed and anchored ones count.")
     else:
         notes.append(f"Runs read between {budgets[0]:,} and {budgets[-1]:,} tokens; replayed and anchored ones count.")
+    before: dict[int, list[str]] = {}
+    for row in itertools.chain(*(s["rows"] for s in data["settings"])):
+        if (read := row.get("tokens_before", 0)) and row["arm"] not in before.setdefault(read, []):
+            before[read].append(row["arm"])
+    if any(before.values()):
+        told = "; ".join(f"{_listed(arms)} {read:,}" for read, arms in sorted(before.items()))
+        notes.append(f"Read before the first step, for scores, a warm-up or a guard, and in no budget: {told}.")
     if data["missing"]:
         notes.append(f"{data['missing']} runs of the study are missing here.")
     if data["failed"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,11 +32,19 @@ def gather(path: Path) -> dict[str, Any]:
     return {
         "results": results,
         "tokens": sum(t["tokens"] for t in state["train"].values()),
+        "tokens_before": tokens_before(state),
         "seconds": round(state["seconds"], 1),
         "train_seconds": round(sum(t["seconds"] for t in state["train"].values()), 1),
         "trainable_fraction": plans[-1]["trainable_fraction"] if plans else 0.0,
         "proof_ok": json.loads((path / "proof.json").read_text(encoding="utf-8"))["ok"],
     }
+
+
+def tokens_before(state: Mapping[str, Any]) -> int:
+    """Tokens that a run read before its steps: for importance scores, a warm-up, or what guards prepare; kept text only."""
+    plans, guards = state["plan"].values(), itertools.chain(*state.get("guards", {}).values())
+    read = [p.get("warmup_tokens", 0) + (p.get("calibration") or {}).get("tokens", 0) for p in plans]
+    return sum(read) + sum(g.get("tokens_before", 0) for g in guards)
 
 
 def scaled_back(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
