@@ -294,7 +294,12 @@ def start_guards(
                 read_by_guards=phase.read_by_guards,
             )
             active.append(guard.start(context))
-    run.update(guards={**run.state.get("guards", {}), phase.name: [{**g.describe(), "tokens_before": g.tokens_before()} for g in active]})
+    run.update(
+        guards={
+            **run.state.get("guards", {}),
+            phase.name: [{**g.describe(), "tokens_before": g.tokens_before()} for g in active],
+        }
+    )
     return active
 
 

@@ -11,13 +11,15 @@ import pytest
 import torch
 from tiny import make_model, make_tokenizer
 
+import addlang.train.checkpoint
 from addlang.errors import AddlangError, AddlangWarning
 from addlang.freeze.proof import bits
 from addlang.guards import GuardContext, make_guard
 from addlang.models import Checkpoint
 from addlang.run import execute
 from addlang.strategies import PlanInputs, make_strategy
-from tinyrun import World
+from guarding import FEW, said
+from tinyrun import Killed, World, dying_at, metrics, same
 from training import phase
 
 
@@ -197,3 +199,25 @@ def test_what_was_sampled_is_told_with_counts_and_examples() -> None:
         "180 ways (first three words); the commonest is 12.5 % of them. For example: “Count the fish”, answered “3”."
         in text
     )
+
+
+@pytest.mark.parametrize(
+    ("strategy", "guards"),
+    [("hft", ["kl"]), ("ssu", [{"name": "self_anchor", **FEW}]), ("gmt", ["kl", {"name": "self_anchor", **FEW}])],
+    ids=["hft-kl", "ssu-self_anchor", "gmt-both"],
+)
+def test_a_killed_run_with_anchors_ends_with_the_bits_of_an_undisturbed_one(
+    strategy: str, guards: list[Any], world: World, tmp_path: Path, offline: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("addlang.evaluate.generation.sample", said)
+    recipe = lambda name: world.recipe(tmp_path / name, strategy=strategy, guards=guards, save_steps=3)  # noqa: E731
+    whole = execute(recipe("whole"))
+    assert json.loads((whole / "proof.json").read_text())["ok"]
+    save = addlang.train.checkpoint.Writer.save
+    with monkeypatch.context() as patch:
+        patch.setattr(addlang.train.checkpoint.Writer, "save", dying_at(3, save, Killed()))
+        with pytest.raises(Killed):
+            execute(recipe("killed"))
+    killed = execute(recipe("killed"))
+    assert same(killed, whole)
+    assert metrics(killed) == metrics(whole)

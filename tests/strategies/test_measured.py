@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from tiny import make_model
 
 from addlang import guards
+from addlang.recipe import Phase
 from addlang.strategies import available, load_strategy, measured
 from addlang.strategies.costs import guard_rows
 
@@ -25,6 +28,32 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measured, "CONVERSATIONS", (16, 2))
 
 
+REFUSED = {
+    **{
+        (a, g): f"the guard {g} pulls every trained weight"
+        for a in ("lora", "dora", "adalora")
+        for g in ("ewc", "l2sp")
+    },
+    ("self_anchor", "self_anchor"): "twice|brings",
+}
+
+
+def watch_guards(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The terms that guards add, one after the other."""
+    worked: list[float] = []
+    inner = measured.started
+
+    def watched(*given: object) -> object:
+        active = inner(*given)  # type: ignore[arg-type]
+        for guard in active:
+            backward = guard.backward
+            monkeypatch.setattr(guard, "backward", lambda *a, b=backward: worked.append(b(*a)))
+        return active
+
+    monkeypatch.setattr(measured, "started", watched)
+    return worked
+
+
 @pytest.mark.parametrize("name", available())
 def test_every_strategy_is_measured(name: str) -> None:
     """Also the one that needs the model before the last phase, which is made up, and the one that brings a guard along."""
@@ -38,20 +67,27 @@ def test_every_strategy_is_measured(name: str) -> None:
 
 @pytest.mark.parametrize("name", guards.available())
 def test_every_guard_is_measured_at_work(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    worked = []
-    inner = measured.started
-
-    def watched(*given: object) -> object:
-        active = inner(*given)  # type: ignore[arg-type]
-        for guard in active:
-            backward = guard.backward
-            monkeypatch.setattr(guard, "backward", lambda *a, b=backward: worked.append(b(*a)))
-        return active
-
-    monkeypatch.setattr(measured, "started", watched)
+    worked = watch_guards(monkeypatch)
     found = measured.one("full", {}, (name,))
     assert found["time"] > 0
     assert max(worked) > 0  # after the first step the model is no longer the source
+
+
+@pytest.mark.parametrize("guard", guards.available())
+@pytest.mark.parametrize("name", available())
+def test_every_guard_works_with_every_strategy_or_is_refused_with_the_reason(
+    name: str, guard: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = dict(load_strategy(name).example)
+    given: dict[str, Any] = {"datasets": [{"path": "x"}], "strategy": {"name": name, **options}, "guards": [guard]}
+    if reason := REFUSED.get((name, guard)):
+        with pytest.raises(ValueError, match=reason):
+            Phase(**given)
+        return
+    assert guard in [g.name for g in Phase(**given).all_guards]
+    worked = watch_guards(monkeypatch)
+    assert measured.one(name, options, (guard,))["time"] > 0
+    assert max(worked) > 0
 
 
 def test_the_cost_table_has_a_row_for_every_guard() -> None:

@@ -6,7 +6,6 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from addlang.errors import AddlangError
 from addlang.run import execute, prepare_device
 from addlang.strategies import available
 from addlang.train.exact import any_order, exact_kernels
+from guarding import FEW, said
 from tinyrun import World
 from training import AsOnAGpu
 
@@ -79,13 +79,7 @@ def test_an_operation_without_a_deterministic_kernel_is_an_error_with_the_fix() 
     assert torch.is_deterministic_algorithms_warn_only_enabled()
 
 
-FEW = {"conversations": 8, "max_answer_tokens": 20, "max_instruction_tokens": 20, "language_filter": False}
 OPTIONS = {"lota": {"warmup_steps": 3}, "layers": {"freeze": "0"}, "self_anchor": {"anchor": FEW}}
-
-
-def said(_model: object, tokenizer: Any, prompts: list[list[int]], **_: object) -> list[list[int]]:
-    """Stands in for sampling, which a random model is no good for."""
-    return [tokenizer(f"the cat {i} of {len(p)}")["input_ids"] for i, p in enumerate(prompts)]
 
 
 @contextlib.contextmanager
