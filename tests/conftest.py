@@ -12,6 +12,7 @@ from addlang.progress import set_quiet
 
 # before torch is imported: models of the tests are tiny, and several test processes share the cores
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # older torch reads it once
 
 from tinyrun import World
 

@@ -29,9 +29,9 @@ def rotated(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     calls: list[Any] = []
     plain = modeling_llama.apply_rotary_pos_emb
 
-    def rotate(*args: Any, **kwargs: Any) -> Any:
-        calls.append(args)
-        return plain(*args, **kwargs)
+    def rotate(q: Any, k: Any, cos: Any, sin: Any, position_ids: Any = None, unsqueeze_dim: int = 1) -> Any:
+        calls.append(q.shape)  # with one default more than the function that it replaces, as liger-kernel's
+        return plain(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
 
     def patch(**_: Any) -> None:
         monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", rotate)
@@ -68,6 +68,18 @@ def test_recomputation_runs_on_the_kernels_too(rotated: list[Any]) -> None:
     apply_liger(model)
     model(IDS, use_cache=False).logits.sum().backward()
     assert len(rotated) == 2 * model.config.num_hidden_layers
+
+
+def test_a_compiled_layer_runs_on_the_kernels_too(rotated: list[Any]) -> None:
+    model = make_model("llama")
+    with torch.no_grad():
+        expected = model(IDS, use_cache=False).logits
+        apply_liger(model)
+        torch._dynamo.reset()
+        for layer in model.model.layers:
+            layer.compile(backend="eager")
+        assert torch.allclose(model(IDS, use_cache=False).logits, expected, atol=1e-6)
+    assert len(rotated) == model.config.num_hidden_layers
 
 
 def test_a_kernel_that_no_layer_can_be_given_is_left_out_with_a_warning(

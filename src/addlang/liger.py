@@ -53,6 +53,7 @@ def apply_liger(model: Any) -> None:
 def _with_globals(function: Any, changes: dict[str, Any]) -> Any:
     """The same function with other values for some of the globals that it names."""
     names = {**function.__globals__, **changes}
+    del names["__name__"]  # torch.compile would look the globals up in the module of that name, which has others
     own = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
     own.__kwdefaults__ = function.__kwdefaults__
     return own

@@ -7,6 +7,7 @@ so that everything behind this module works on directories.
 from __future__ import annotations
 
 import functools
+import gc
 import hashlib
 import json
 import os
@@ -155,10 +156,13 @@ def load_model(
         AddlangError: weights are missing, pickled, quantised, or of an architecture that is not a causal LM; the
             attention implementation is not installed.
     """
+    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # ours is addlang.progress
+    if torch.device(device).type == "cuda":
+        gc.collect()  # a model with Liger's kernels bound to its parts is a cycle, which keeps a GPU's memory until collected
     checkpoint = Checkpoint(directory)  # refuses pickles before anything is read
     try:
         config = AutoConfig.from_pretrained(str(directory), trust_remote_code=False)

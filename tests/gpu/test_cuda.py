@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from addlang.freeze import gpu
 from addlang.freeze.execution import attach_plan
 from addlang.freeze.plan import FreezePlan, Frozen
 from addlang.liger import apply_liger
+from addlang.models import load_model
 from addlang.run import execute
 from addlang.scoring import gpu as scoring_gpu
 from addlang.scoring.activations import InputStatistics, sum_of_squares
@@ -205,6 +207,31 @@ def test_liger_kernels_change_the_loss_by_rounding_only(world: World, tmp_path: 
     plain = metrics(execute(recipe(world, tmp_path / "plain")))
     fused = metrics(execute(recipe(world, tmp_path / "liger", use_liger_kernel=True)))
     assert [row["loss"] for row in fused] == pytest.approx([row["loss"] for row in plain], rel=2e-2)
+
+
+def test_liger_kernels_in_compiled_layers_change_the_loss_by_rounding_only(
+    world: World, tmp_path: Path, offline: None
+) -> None:
+    pytest.importorskip("liger_kernel")
+    plain = metrics(execute(recipe(world, tmp_path / "plain")))
+    fused = metrics(execute(recipe(world, tmp_path / "both", use_liger_kernel=True, torch_compile=True)))
+    assert [row["loss"] for row in fused] == pytest.approx([row["loss"] for row in plain], rel=2e-2)
+
+
+def test_a_model_with_liger_kernels_is_gone_when_the_next_one_is_loaded(
+    world: World, tmp_path: Path, offline: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("liger_kernel")
+    trained_models: list[weakref.ref[Any]] = []
+
+    def watched(model: Any) -> None:
+        apply_liger(model)
+        trained_models.append(weakref.ref(model.model.layers[0].self_attn))
+
+    monkeypatch.setattr("addlang.liger.apply_liger", watched)
+    execute(recipe(world, tmp_path / "liger", use_liger_kernel=True))
+    load_model(Path(world.model), device=CUDA)
+    assert [ref() for ref in trained_models] == [None]
 
 
 def test_liger_fuses_every_norm_of_olmo2() -> None:

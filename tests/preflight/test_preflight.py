@@ -21,7 +21,7 @@ from addlang.preflight.answers import answers
 from addlang.preflight.conflict import gradient_conflict
 from addlang.preflight.forecast import forecast, shipped
 from addlang.preflight.form import compare_forms, form_of
-from addlang.preflight.probe import Probe
+from addlang.preflight.probe import Probe, run_probe
 from addlang.preflight.run import (
     Method,
     Settings,
@@ -52,6 +52,19 @@ def test_a_reading_is_the_models_log_probability_of_every_watched_token() -> Non
     assert found.logp[:3] == pytest.approx(expected, abs=1e-5)
     assert len(found.logp) == 4
     assert found.loss == pytest.approx(-found.logp.mean())
+
+
+@pytest.mark.parametrize("name", ["ssu", "hft", "layers", "lota", "s2ft", "spectrum", "lora", "adalora", "gmt"])
+def test_a_16_bit_checkpoint_is_probed_in_the_precision_of_training(name: str, world: World, tmp_path: Path) -> None:
+    """As on every GPU: what is frozen stays in 16 bits, what is trained gets masters, and products need autocast."""
+    options = {"layers": {"freeze": "0"}, "lota": {"warmup_steps": 2}}.get(name, {})
+    recipe = world.recipe(tmp_path / "out", strategy={"name": name, **options}, precision="bf16", learning_rate=1e-12)
+    flight = prepare_flight(recipe, Settings(), None)
+    given = (flight.phase, flight.source, flight.tokenizer, flight.data, flight.text)
+    found = run_probe(recipe, *given, device=torch.device("cpu"), steps=6)
+    assert [step for step, _ in found.losses] == [0, 1, 3, 6]
+    # nothing moves at this rate, so all that could change is precision
+    assert [loss for _, loss in found.losses] == pytest.approx([found.before.loss] * 4, abs=2e-6)
 
 
 def test_conversations_without_an_answer_are_not_watched(tmp_path: Path) -> None:

@@ -79,6 +79,14 @@ def test_an_operation_without_a_deterministic_kernel_is_an_error_with_the_fix() 
     assert torch.is_deterministic_algorithms_warn_only_enabled()
 
 
+def test_a_process_that_asked_cublas_too_late_is_told_how_to_start() -> None:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with pytest.raises(AddlangError, match=r"new process with CUBLAS_WORKSPACE_CONFIG=:4096:8"), exact_kernels(CUDA):
+        raise RuntimeError(
+            "Deterministic behavior was enabled with either `torch.use_deterministic_algorithms(True)` ..."
+        )
+
+
 OPTIONS = {"lota": {"warmup_steps": 3}, "layers": {"freeze": "0"}, "self_anchor": {"anchor": FEW}}
 
 

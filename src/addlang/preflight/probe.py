@@ -91,15 +91,15 @@ class Rehearsal(RunDir):
 class Watcher(ActiveGuard):
     """Reads the watched text now and then while the probe trains; adds nothing to the loss."""
 
-    def __init__(self, text: Watched, at: frozenset[int]) -> None:
-        self.text, self.at = text, at
+    def __init__(self, text: Watched, at: frozenset[int], autocast: Any) -> None:
+        self.text, self.at, self.autocast = text, at, autocast
         self.losses: list[tuple[int, float]] = []
 
     def backward(self, attached: Attached, step: int) -> float:
         from addlang.preflight.watch import read
 
         if step - 1 in self.at:
-            self.losses.append((step - 1, read(attached.model, self.text).loss))
+            self.losses.append((step - 1, read(attached.model, self.text, self.autocast).loss))
         return 0.0
 
 
@@ -131,7 +131,7 @@ def run_probe(
     from addlang.models import Checkpoint, load_model
     from addlang.preflight.watch import read
     from addlang.run import make_plan, start_guards
-    from addlang.train.loop import Schedule, compute_dtype, train
+    from addlang.train.loop import Schedule, compute_context, compute_dtype, train
     from addlang.train.memory import explain_out_of_memory, settle
     from addlang.train.schedule import micro_batch
 
@@ -147,8 +147,7 @@ def run_probe(
             "report_to": (), "save_steps": steps + 1, "sharding": "auto",
         }
     )  # fmt: skip
-    before = read(model, text)
-    target_before = None if target is None else read(model, target).loss
+    autocast = compute_context(phase, device)
     with tempfile.TemporaryDirectory() as folder:
         run = Rehearsal(Path(folder), recipe)
         plan = make_plan(run, phase, model, stored.hash, tokenizer, base_dir, data, planned)
@@ -159,13 +158,20 @@ def run_probe(
         settled = settle(model, plan, phase, **about)
         with explain_out_of_memory(model, plan, settled, **about):
             attached = phase.strategy.attach(model, plan, settled.execution, masters=phase.master_weights == "fp32")
-            watcher = Watcher(text, frozenset({steps // 4, steps // 2}))
+            # the source's values in the form that trains: read before that, they would differ by rounding too
+            before = read(attached.model, text, autocast)
+            target_before = None if target is None else read(attached.model, target, autocast).loss
+            watcher = Watcher(text, frozenset({steps // 4, steps // 2}), autocast)
             result = train(
                 attached, data, settings, Path(folder), device=device, schedule=Schedule(steps, data.batch_size, micro),
                 seed=recipe.seed, guards=[*guards, watcher],
             )  # fmt: skip
-        after = read(attached.model, text)
-        gained = 0.0 if target is None or target_before is None else target_before - read(attached.model, target).loss
+        after = read(attached.model, text, autocast)
+        gained = (
+            0.0
+            if target is None or target_before is None
+            else target_before - read(attached.model, target, autocast).loss
+        )
         rows = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     moved, relative = movement(stored, attached)
     return Probe(

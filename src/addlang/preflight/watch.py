@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -121,8 +122,13 @@ def collate(rows: Sequence[tuple[list[int], list[int]]]) -> dict[str, torch.Tens
     return batch
 
 
-def read(model: Any, text: Watched) -> Reading:
-    """What a model makes of the watched tokens; in fp32, whatever its type."""
+def read(model: Any, text: Watched, autocast: Callable[[], Any] = contextlib.nullcontext) -> Reading:
+    """What a model makes of the watched tokens; probabilities in fp32, whatever its type.
+
+    Args:
+        autocast: that of training, without which a model whose frozen weights are in 16 bits and whose trained ones are not
+            computes nothing.
+    """
     import numpy as np
     import torch
 
@@ -130,7 +136,7 @@ def read(model: Any, text: Watched) -> Reading:
 
     logp, right = [], []
     device = next(model.parameters()).device
-    with inference(model):
+    with inference(model), autocast():
         for batch in text.batches:
             ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
             where = batch["labels"][:, 1:].to(device) != -100

@@ -9,7 +9,10 @@ import torch
 
 from addlang.errors import AddlangError, first_line
 
-REFUSALS = ("does not have a deterministic implementation", "Deterministic behavior was enabled")  # torch's words
+REFUSED, TOO_LATE = (
+    "does not have a deterministic implementation",
+    "Deterministic behavior was enabled",
+)  # torch's words
 
 
 @contextlib.contextmanager
@@ -48,7 +51,12 @@ def exact_kernels(device: torch.device) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not any(said in str(error) for said in REFUSALS):
+        if TOO_LATE in str(error):  # older versions of torch ask once, at a process's first product on a GPU
+            raise AddlangError(
+                "cuBLAS was used in this process before it was asked for deterministic kernels",
+                "start a new process with CUBLAS_WORKSPACE_CONFIG=:4096:8 in its environment, or set deterministic: false",
+            ) from error
+        if REFUSED not in str(error):
             raise
         raise AddlangError(
             f"training needs an operation that has no deterministic kernel ({first_line(error)})",
