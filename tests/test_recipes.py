@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -90,6 +91,32 @@ def test_the_ssu_papers_rows_are_there_for_two_models_and_five_languages_with_ta
         assert decoding == {"ifeval": {**SAMPLING, "max_gen_toks": 1280}, "gsm8k": SAMPLING}
     models = {f"allenai/OLMo-2-1124-{size}-Instruct" for size in ("7B", "13B")}
     assert settings == {(m, code, code) for m in models for code in ("ne", "ky", "am", "ha", "ig")}
+
+
+def options_of(name: str, strategy: str, *options: str) -> list[tuple[Any, ...]]:
+    path = ROOT / "recipes" / "ssu" / f"{name}.yaml"
+    grid = cells(load_study(path), path.parent, files=False)
+    found = [Recipe.parse(d).phases[0].strategy for c, d in grid.items() if c.setting == ("7B", "ig")]
+    return [tuple(getattr(s, o) for o in options) for s in found if s.name == strategy]
+
+
+def test_the_ssu_papers_rows_have_the_papers_options() -> None:
+    eighths = [n / 8 for n in range(1, 8)]
+    assert options_of("figure2-ratio", "ssu", "scorer", "ratio") == [("wanda", r) for r in eighths]
+    assert (
+        options_of("figure2-ratio", "hft", "ratio")
+        == options_of("figure2-ratio", "gmt", "ratio")
+        == [(r,) for r in eighths]
+    )
+    assert options_of("tables6-14-baselines", "lota", "sparsity") == [(r,) for r in (0.9, *eighths)]
+    assert options_of("tables6-14-baselines", "s2ft", "d_ratio", "o_ratio") == [
+        *((d, 0.0) for d in (0.015, 0.03, 0.055, 0.11)),
+        (0.015, 0.015),
+    ]
+    assert options_of("table3-granularity", "ssu", "granularity") == [("column",), ("row",), ("element",)]
+    scorers = {s for s, code in options_of("table4-scorers", "ssu", "scorer", "reference_code") if not code}
+    assert scorers == {"random", "magnitude", "wanda", "sparsegpt", "fisher"}
+    assert options_of("table5-calibration", "ssu", "scorer", "ratio") == [("wanda", 0.5)] * 3
 
 
 def rates_of(name: str) -> dict[str, set[float]]:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from addlang.errors import AddlangError
-from addlang.sweep import run_one, sweep
+from addlang.rundir import read_state
+from addlang.sweep import dealt, run_one, sweep
+from addlang.train.checkpoint import newest
+from addlang.verify import verify_run
+from tinyrun import World
 
 
 def note_settings(data: dict[str, Any], where: str, base_dir: Path | None) -> str:
@@ -196,3 +205,55 @@ def test_workers_end_when_the_sweep_is_killed(tmp_path: Path) -> None:
 def sweep_forever(folder: Path) -> None:
     todo = [("only", {"output_dir": str(folder / "pid")})]
     list(sweep(todo, workers=1, threads=1, cache=folder / "cache", work=wait_forever))
+
+
+def test_gpus_are_dealt_in_groups_and_what_is_left_over_rests() -> None:
+    assert dealt([], 4) == []
+    assert dealt(["0", "1", "2"], 1) == ["0", "1", "2"]
+    assert dealt(["0", "1", "2", "3", "4"], 2) == ["0,1", "2,3"]
+    with pytest.raises(AddlangError, match=r"--processes 4: only 2 GPUs here"):
+        dealt(["0", "1"], 4)
+
+
+@pytest.mark.slow
+def test_runs_on_two_processes_are_carried_out_and_the_one_that_cannot_be_is_named(
+    world: World, tmp_path: Path
+) -> None:
+    recipe = {k: v for k, v in world.data(tmp_path, tokens=512, strategy=None, seed=None).items() if k != "output_dir"}
+    study = {
+        "output_dir": str(tmp_path / "out"), "recipe": recipe, "seeds": [0], "learning_rates": [1e-3],
+        "arms": {"SSU": {"strategy": "ssu"}, "LISA": {"strategy": "lisa"}},
+    }  # fmt: skip
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(study, sort_keys=False), encoding="utf-8")
+    command = [sys.executable, "-m", "addlang", "sweep", str(file), "--processes", "2", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    result = json.loads(done.stdout)
+    assert "addlang sweep study.yaml --processes 2" in result["command"]
+    (failed,) = result["failed"]
+    assert failed["run"] == "LISA-lr0.001-s0"
+    assert failed["error"].startswith("lisa puts parameters to sleep, which neither DDP nor FSDP allows")
+    run = tmp_path / "out" / "runs" / "SSU-lr0.001-s0"
+    assert read_state(run)["processes"] == 2
+    assert verify_run(run)["ok"]
+
+
+@pytest.mark.slow
+def test_a_run_on_several_processes_saves_and_ends_when_its_sweep_is_gone(world: World, tmp_path: Path) -> None:
+    data = world.data(tmp_path / "out", tokens=400_000, strategy="full")
+    script = f"import json\nfrom addlang.spread import run_spread\nrun_spread(json.loads({json.dumps(json.dumps(data))}), 'x', processes=2)"
+    sweeping = subprocess.Popen([sys.executable, "-c", script])
+    log = tmp_path / "out" / "metrics.jsonl"
+    while not (log.is_file() and log.stat().st_size > 2000):
+        assert sweeping.poll() is None
+        time.sleep(0.05)
+    sweeping.kill()
+    sweeping.wait()
+    size = -1
+    while log.stat().st_size != size:  # no line is written any more
+        size = log.stat().st_size
+        time.sleep(6)
+    steps = [json.loads(line)["step"] for line in log.read_text(encoding="utf-8").splitlines()]
+    assert steps[-1] < 400_000 // (4 * 32) - 1
+    assert newest(tmp_path / "out") is not None

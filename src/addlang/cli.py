@@ -307,6 +307,8 @@ def strategies(
         ]
         measured_columns = ["time / full here", "memory / full here"] if measure else []
         render_table(["strategy", "trained", "FLOPs / full", "optimizer / full", *measured_columns, "note"], cells)
+        if not measure:
+            print("--measure adds the time and the peak memory of a step, measured here", file=sys.stderr)
         return
     rows = [
         {"kind": kind, "name": c.name, "paper": c.paper, "summary": c.summary}

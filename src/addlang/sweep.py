@@ -142,6 +142,19 @@ def devices() -> list[str]:
     return [str(i) for i in range(torch.cuda.device_count())]
 
 
+def dealt(gpus: Sequence[str], processes: int) -> list[str]:
+    """The GPUs in groups of ``processes``, as ``CUDA_VISIBLE_DEVICES`` takes them; none where there are none.
+
+    Raises:
+        AddlangError: there are some, but too few for a single group.
+    """
+    if gpus and len(gpus) < processes:
+        raise AddlangError(
+            f"--processes {processes}: only {len(gpus)} GPU{'s' * (len(gpus) > 1)} here", "a smaller --processes"
+        )
+    return [",".join(gpus[i : i + processes]) for i in range(0, len(gpus) - processes + 1, processes)]
+
+
 def start_worker(threads: int, cache: str, gpus: Any = None) -> None:
     """Settings of a process of the pool."""
     threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()

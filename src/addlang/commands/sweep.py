@@ -16,6 +16,9 @@ def sweep(
     context: typer.Context,
     study: Annotated[Path, typer.Argument(help="YAML study: a recipe, arms, learning rates, seeds.")],
     jobs: Annotated[int | None, typer.Option(help="Runs at a time. Default: one per GPU, or one per core.")] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Processes of each run, with a GPU each: for models that one cannot train.")
+    ] = 1,
     only: Annotated[list[str] | None, typer.Option(help="Only this arm, setting or seed=N; again for more.")] = None,
     finished: Annotated[bool, typer.Option("--finished", help="Run nothing; tabulate what is finished.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and stop.")] = False,
@@ -48,8 +51,11 @@ def sweep(
     from addlang.report import render_table
     from addlang.report.study import study_tables
 
-    command = shlex.join(["addlang", "sweep", study.name, *context.args])
-    path, result = run_study(loaded, base_dir=base_dir, command=command, jobs=jobs, only=only or [], finished=finished)
+    spread = ["--processes", str(processes)] if processes > 1 else []
+    command = shlex.join(["addlang", "sweep", study.name, *spread, *context.args])
+    path, result = run_study(
+        loaded, base_dir=base_dir, command=command, jobs=jobs, processes=processes, only=only or [], finished=finished
+    )
     if as_json:
         emit({"output_dir": str(path), **result})
     else:

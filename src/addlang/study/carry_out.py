@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ def run_study(
     base_dir: Path,
     command: str,
     jobs: int | None = None,
+    processes: int = 1,
     only: Sequence[str] = (),
     finished: bool = False,
 ) -> tuple[Path, dict[str, Any]]:
@@ -32,17 +34,19 @@ def run_study(
     Args:
         base_dir: directory of the study file: its relative paths start there.
         command: quoted in the report.
-        jobs: runs at a time; default: one per GPU, without GPUs one per core.
+        jobs: runs at a time; default: as many as there are GPUs, without GPUs cores, for their processes.
+        processes: of each run, with a GPU each.
         only: labels of arms or settings, or seeds as ``seed=N``; the others are not run.
         finished: run nothing; tabulate what is finished.
 
     Raises:
-        AddlangError: a recipe is wrong, a label is unknown, or nothing is finished. A run that fails does not stop the
-            others; it is named in the results.
+        AddlangError: a recipe is wrong, a label is unknown, nothing is finished, or there are fewer GPUs than processes. A run that
+            fails does not stop the others; it is named in the results.
     """
     from addlang.progress import note, progress
     from addlang.report.study import write_study_report
-    from addlang.sweep import devices, sweep
+    from addlang.spread import run_spread
+    from addlang.sweep import dealt, devices, sweep
 
     grid = cells(study, base_dir, files=lambda c: not finished and wanted(study, c, only))
     chosen = {c: data for c, data in grid.items() if wanted(study, c, only)}
@@ -69,19 +73,20 @@ def run_study(
             "undo the changes, choose another output_dir, or remove these directories to have their runs done again",
         )
     if not finished and todo:
-        gpus = devices()
+        gpus = dealt(devices(), processes)
         cores = os.cpu_count() or 1
-        workers = max(1, min(jobs or len(gpus) or cores, len(todo)))
+        workers = max(1, min(jobs or len(gpus) or cores // processes, len(todo)))
         note(f"{len(todo)} of {len(chosen)} runs to do, {workers} at a time; results go to {root}")
         with progress("study", total=len(todo), unit="runs") as bar:
             runs = sweep(
                 todo,
                 workers=workers,
-                threads=max(1, cores // workers),
+                threads=max(1, cores // (workers * processes)),
                 cache=root / "cache",
                 where="study",
                 base_dir=base_dir,
                 gpus=gpus,
+                work=functools.partial(run_spread, processes=processes) if processes > 1 else None,
                 on_error=lambda cell, error: failed.append({"run": cell.folder, "error": str(error)}),
             )
             for cell, path in runs:
