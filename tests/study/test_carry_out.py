@@ -88,6 +88,7 @@ def test_a_study_runs_reports_and_continues(world: World, tmp_path: Path, monkey
     assert again.exit_code == 0, again.output
     assert "at equal gain" not in again.output.lower()  # the reference was not chosen
     assert "SSU x 0.5" in again.output
+    assert "addlang sweep study.yaml --only SSU --only seed=1" in (out / "table.md").read_text(encoding="utf-8")
 
 
 def test_what_arms_read_beside_their_budget_is_told(world: World, tmp_path: Path) -> None:

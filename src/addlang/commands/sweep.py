@@ -52,7 +52,8 @@ def sweep(
     from addlang.report.study import study_tables
 
     spread = ["--processes", str(processes)] if processes > 1 else []
-    command = shlex.join(["addlang", "sweep", study.name, *spread, *context.args])
+    chosen_labels = [part for label in only or [] for part in ("--only", label)]
+    command = shlex.join(["addlang", "sweep", study.name, *chosen_labels, *spread, *context.args])
     path, result = run_study(
         loaded, base_dir=base_dir, command=command, jobs=jobs, processes=processes, only=only or [], finished=finished
     )
