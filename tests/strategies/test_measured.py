@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 from tiny import make_model
@@ -86,6 +87,7 @@ def test_every_guard_works_with_every_strategy_or_is_refused_with_the_reason(
         return
     assert guard in [g.name for g in Phase(**given).all_guards]
     worked = watch_guards(monkeypatch)
+    monkeypatch.setattr("addlang.train.peak.Peak", mock.MagicMock)  # nine tenths of the time, and not the question here
     assert measured.one(name, options, (guard,))["time"] > 0
     assert max(worked) > 0
 
