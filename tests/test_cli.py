@@ -282,7 +282,7 @@ def test_plan_tells_what_the_run_will_do_and_trains_nothing(addlang: Addlang, re
     shown = addlang("plan", recipe)
     assert f"{phase['trainable']:,} of {phase['parameters']:,} parameters are trained" in shown.out
     assert "up_proj" in shown.out
-    assert "on a CPU the memory is a lower bound" in shown.out
+    assert "on a CPU these are the tensors" in shown.out
 
 
 def test_plan_knows_what_split_execution_cannot_run(addlang: Addlang, recipe: Path) -> None:
@@ -393,7 +393,7 @@ def test_plan_says_what_fits_on_a_gpu(addlang: Addlang, recipe: Path) -> None:
     shown = addlang("plan", recipe, "--gpu", 24).out
     assert "22.3 GiB of the GPU can be used" in shown
     assert "nearest to the recipe that fits: the recipe as it is" in shown
-    assert "lower bound" not in shown
+    assert "these are the tensors" not in shown
 
 
 def test_plan_needs_no_weights_and_says_whose_type_it_reckons_with(

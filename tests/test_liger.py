@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import copy
+import gc
 import sys
+import weakref
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from tiny import make_model
+from tiny import make_model, save_model
 from torch import nn
 from transformers.models.llama import modeling_llama
 
 from addlang.errors import AddlangError, AddlangWarning
 from addlang.liger import apply_liger
+from addlang.models import load_model
 
 IDS = torch.tensor([[7, 8, 9, 10]])
 
@@ -115,3 +119,23 @@ def test_liger_is_refused_where_it_is_not_installed(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
     with pytest.raises(AddlangError, match="use_liger_kernel: liger-kernel cannot be used"):
         apply_liger(make_model("llama"))
+
+
+def test_a_model_on_the_kernels_is_gone_when_the_next_one_is_loaded_for_a_gpu(
+    rotated: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its bound methods make it a cycle, whose memory a GPU would keep."""
+    model = make_model("llama")
+    apply_liger(model)
+    gone = weakref.ref(model.model.layers[0].self_attn)
+    source = save_model(tmp_path / "source")
+    monkeypatch.setattr(nn.Module, "to", lambda self, *_: self)  # there is no GPU
+    gc.disable()
+    try:
+        del model
+        load_model(source)
+        assert gone() is not None
+        load_model(source, device="cuda")
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -223,4 +223,5 @@ def test_no_previous_weights_refuses_what_holds_training_to_its_start(
 
 def test_a_reference_that_is_used_for_planning_alone_is_allowed(world: World, tmp_path: Path) -> None:
     strategy = {"name": "lf_h2", "reference_model": world.model}
-    Recipe.parse(world.data(tmp_path, strategy=strategy, no_previous_weights=True))
+    recipe = Recipe.parse(world.data(tmp_path, strategy=strategy, no_previous_weights=True))
+    assert recipe.phases[0].no_previous_weights

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from addlang.errors import AddlangError
+from addlang import spread
+from addlang.errors import AddlangError, PreemptedError
 from addlang.rundir import read_state
 from addlang.sweep import dealt, run_one, sweep
 from addlang.train.checkpoint import newest
@@ -213,6 +214,39 @@ def test_gpus_are_dealt_in_groups_and_what_is_left_over_rests() -> None:
     assert dealt(["0", "1", "2", "3", "4"], 2) == ["0,1", "2,3"]
     with pytest.raises(AddlangError, match=r"--processes 4: only 2 GPUs here"):
         dealt(["0", "1"], 4)
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "said"),
+    [
+        (AddlangError("no such file", "look again"), AddlangError, r"no such file\n  fix: look again"),
+        (PreemptedError("stopped", "run again"), PreemptedError, "stopped"),
+        (KeyError("x"), AddlangError, "KeyError: 'x'"),
+        (None, AddlangError, "torchrun ended with 1"),
+    ],
+)
+def test_what_ended_a_run_on_several_processes_is_raised_as_one_process_would(
+    raised: Exception | None,
+    kind: type[AddlangError],
+    said: str,
+    world: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def launched(command: list[str], **_: Any) -> Any:
+        if raised is not None:
+            spread.main(Path(command[-1]))
+        return subprocess.CompletedProcess(command, 1, stdout="what it printed")
+
+    def failing(*_: Any) -> str:
+        assert raised is not None
+        raise raised
+
+    monkeypatch.setattr("addlang.sweep.run_one", failing)
+    monkeypatch.setattr("addlang.spread.subprocess.run", launched)
+    with pytest.raises(kind, match=said) as error:
+        spread.run_spread(world.data(tmp_path / "out"), "x", processes=2)
+    assert type(error.value) is kind
 
 
 @pytest.mark.slow

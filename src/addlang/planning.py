@@ -202,7 +202,7 @@ def show_plan(result: dict[str, Any]) -> None:
             [[k.replace("_", " "), f"{v / 2**30:.3f}"] for k, v in p["memory"].items() if v],
         )
         if result["device"] == "cpu":
-            print("on a CPU the memory is a lower bound, 3 to 45 % below measured peaks, most with long sequences")
+            print("on a CPU these are the tensors; the process takes more, up to twice as much")
         if p["gpu"] is not None:
             show_gpu(p["gpu"])
         if p["seconds"] is not None:

@@ -10,10 +10,12 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
-from addlang.errors import AddlangError, PreemptedError
+from addlang.errors import AddlangError, PreemptedError, first_line
+from addlang.export import write_json
 
 GRACE = 60.0  # seconds for saving, after which a process of a sweep that is no more ends
 
@@ -45,8 +47,7 @@ def run_spread(data: dict[str, Any], where: str, base_dir: Path | None = None, *
             raise (PreemptedError if error["preempted"] else AddlangError)(error["message"], error["fix"])
         if done.returncode:
             sys.stderr.write(done.stdout)
-            last = next(iter(reversed(done.stdout.strip().splitlines())), "it said nothing")
-            raise AddlangError(f"torchrun ended with {done.returncode}: {last}", "see what it printed, above")
+            raise AddlangError(f"torchrun ended with {done.returncode}", "see what it printed, above")
     return str(path)
 
 
@@ -68,7 +69,7 @@ def _lives(pid: int) -> bool:
 
 
 def main(job: Path) -> int:
-    """One of the run's processes; the first writes down what an error was."""
+    """One of the run's processes; what an error was is written down by the first, one that is no AddlangError by any."""
     from addlang.progress import quiet_libraries, set_quiet
     from addlang.sweep import run_one
 
@@ -80,10 +81,18 @@ def main(job: Path) -> int:
         run_one(given["data"], given["where"], None if given["base_dir"] is None else Path(given["base_dir"]))
     except AddlangError as error:
         if os.environ.get("RANK", "0") == "0":
-            about = {"message": error.message, "fix": error.fix, "preempted": isinstance(error, PreemptedError)}
-            Path(given["told"]).write_text(json.dumps(about), encoding="utf-8")
+            _tell(Path(given["told"]), error)
         return error.exit_code
+    except Exception as error:
+        traceback.print_exc()
+        _tell(Path(given["told"]), AddlangError(f"{type(error).__name__}: {first_line(error)}"))
+        return 1
     return 0
+
+
+def _tell(told: Path, error: AddlangError) -> None:
+    about = {"message": error.message, "fix": error.fix, "preempted": isinstance(error, PreemptedError)}
+    write_json(told, about)
 
 
 if __name__ == "__main__":

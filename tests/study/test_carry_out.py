@@ -14,6 +14,7 @@ from addlang.cli import app
 from addlang.errors import AddlangError
 from addlang.run import execute
 from addlang.study import carry_out
+from addlang.study.numbers import tokens_before
 from addlang.study.spec import load_study
 from tinyrun import World
 
@@ -102,13 +103,14 @@ def test_what_arms_read_beside_their_budget_is_told(world: World, tmp_path: Path
     done = CliRunner().invoke(app, ["sweep", str(write(world, tmp_path, arms=arms, learning_rates=1e-3, seeds=0))])
     assert done.exit_code == 0, done.output
     result = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
-    read = {row["arm"]: row["tokens_before"] for row in result["settings"][0]["rows"] if " x " not in row["arm"]}
+    read = {run["arm"]: run["tokens_before"] for run in result["runs"]}
     conversations, cut = 12 * 64, 12 * 32  # KL cuts them to the length of the target's sequences
     assert read.pop("LoTA") == pytest.approx(2 * 4 * 31, abs=8)
     assert read == {"full": 0, "SSU": conversations, "SSU + KL": conversations + cut, "EWC": conversations}
     html = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "Read before the first step, for scores, a warm-up or a guard, and in no budget:" in html
-    assert f"EWC x 0.5 {conversations:,}; " in html
+    assert f"SSU, EWC {conversations:,}; SSU + KL {conversations + cut:,}." in html
+    assert tokens_before({"plan": {}, "guards": {"adapt": [{"guard": "kl"}]}}) is None  # of an older version
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(world: World, tmp_path: Path) -> None:

@@ -297,6 +297,6 @@ def _message(response: Any) -> str:
         data = json.loads(text)
         error = data.get("error", data) if isinstance(data, dict) else data
         text = str(error.get("message", error)) if isinstance(error, dict) else str(error)
-    except ValueError:
+    except ValueError:  # no JSON: what it said as it is
         pass
     return " ".join(text.split())[:200] or "no message"

@@ -160,18 +160,14 @@ def run_probe(
             attached = phase.strategy.attach(model, plan, settled.execution, masters=phase.master_weights == "fp32")
             # the source's values in the form that trains: read before that, they would differ by rounding too
             before = read(attached.model, text, autocast)
-            target_before = None if target is None else read(attached.model, target, autocast).loss
+            target_before = 0.0 if target is None else read(attached.model, target, autocast).loss
             watcher = Watcher(text, frozenset({steps // 4, steps // 2}), autocast)
             result = train(
                 attached, data, settings, Path(folder), device=device, schedule=Schedule(steps, data.batch_size, micro),
                 seed=recipe.seed, guards=[*guards, watcher],
             )  # fmt: skip
         after = read(attached.model, text, autocast)
-        gained = (
-            0.0
-            if target is None or target_before is None
-            else target_before - read(attached.model, target, autocast).loss
-        )
+        gained = 0.0 if target is None else target_before - read(attached.model, target, autocast).loss
         rows = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     moved, relative = movement(stored, attached)
     return Probe(

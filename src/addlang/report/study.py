@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -103,7 +102,7 @@ def study_html(data: Mapping[str, Any]) -> str:
                 [
                     r["folder"],
                     numbers.integer(r["tokens"]),
-                    numbers.integer(r.get("tokens_before", 0)),
+                    "-" if r.get("tokens_before") is None else numbers.integer(r["tokens_before"]),
                     duration(r["train_seconds"]),
                     numbers.percent(r["trainable_fraction"]),
                     "holds" if r["proof_ok"] else "FAILED",
@@ -261,11 +260,11 @@ def _notes(data: Mapping[str, Any]) -> list[str]:
         notes.append(f"Every run read {budgets[0]:,} tokens; replayed and anchored ones count.")
     else:
         notes.append(f"Runs read between {budgets[0]:,} and {budgets[-1]:,} tokens; replayed and anchored ones count.")
-    before: dict[int, list[str]] = {}
-    for row in itertools.chain(*(s["rows"] for s in data["settings"])):
-        if (read := row.get("tokens_before", 0)) and row["arm"] not in before.setdefault(read, []):
-            before[read].append(row["arm"])
-    if any(before.values()):
+    before: dict[int, dict[str, None]] = {}  # tokens -> arms, each once and in order
+    for run in data["runs"]:
+        if run.get("tokens_before"):
+            before.setdefault(run["tokens_before"], {})[run["arm"]] = None
+    if before:
         told = "; ".join(f"{_listed(arms)} {read:,}" for read, arms in sorted(before.items()))
         notes.append(f"Read before the first step, for scores, a warm-up or a guard, and in no budget: {told}.")
     if data["missing"]:

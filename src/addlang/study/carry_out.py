@@ -197,7 +197,6 @@ def tabulate(study: Study, found: Mapping[Cell, Mapping[str, Any]]) -> dict[str,
                         if all("after" in n["results"].get(key, {}) for n in numbers)
                     },
                     "tokens": max(n["tokens"] for n in numbers),
-                    "tokens_before": max(n.get("tokens_before", 0) for n in numbers),
                     "seconds": sum(n["train_seconds"] for n in numbers) / len(numbers),
                     "trainable_fraction": numbers[0]["trainable_fraction"],
                     "proof_ok": all(n["proof_ok"] for n in numbers),

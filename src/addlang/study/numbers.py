@@ -40,11 +40,16 @@ def gather(path: Path) -> dict[str, Any]:
     }
 
 
-def tokens_before(state: Mapping[str, Any]) -> int:
-    """Tokens that a run read before its steps: for importance scores, a warm-up, or what guards prepare; kept text only."""
-    plans, guards = state["plan"].values(), itertools.chain(*state.get("guards", {}).values())
+def tokens_before(state: Mapping[str, Any]) -> int | None:
+    """Tokens that a run read before its steps: for importance scores, a warm-up, or what guards prepare; kept text only.
+
+    None: a guard of it was prepared by a version that did not write them down.
+    """
+    plans, guards = state["plan"].values(), list(itertools.chain(*state.get("guards", {}).values()))
+    if any("tokens_before" not in g for g in guards):
+        return None
     read = [p.get("warmup_tokens", 0) + (p.get("calibration") or {}).get("tokens", 0) for p in plans]
-    return sum(read) + sum(g.get("tokens_before", 0) for g in guards)
+    return sum(read) + sum(g["tokens_before"] for g in guards)
 
 
 def scaled_back(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:

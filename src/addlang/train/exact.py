@@ -9,10 +9,8 @@ import torch
 
 from addlang.errors import AddlangError, first_line
 
-REFUSED, TOO_LATE = (
-    "does not have a deterministic implementation",
-    "Deterministic behavior was enabled",
-)  # torch's words
+REFUSED = "does not have a deterministic implementation"  # torch's words, as the next
+TOO_LATE = "Deterministic behavior was enabled"
 
 
 @contextlib.contextmanager
